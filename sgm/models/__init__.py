@@ -1,0 +1,1 @@
+"""The two engines: plain modules that build, encode, decode and give a loss."""

@@ -1,0 +1,1 @@
+"""The diffusion mathematics and the networks."""

@@ -1,0 +1,127 @@
+"""The U-Net's architecture as data: hyper-parameters in, a list of blocks out; no tensors.
+
+The U-Net is three lists of blocks. A block is a list of layers that run one after the other; the
+result of every input block is kept and concatenated to the input of its mirror image among the
+output blocks. Position in the lists is position in the checkpoint: ``input_blocks.4.1`` is the
+second layer of the fifth input block.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer: its kind, channels in and out, and, for attention, depth and heads."""
+
+    kind: Literal["conv", "res", "attention", "down", "up"]
+    c_in: int
+    c_out: int
+    depth: int = 0
+    heads: int = 0
+
+
+Block = tuple[Layer, ...]
+
+
+@dataclass(frozen=True)
+class UNetPlan:
+    """Blocks of the three parts; ``out_channels`` are those of the last output block."""
+
+    input_blocks: tuple[Block, ...]
+    middle_block: Block
+    output_blocks: tuple[Block, ...]
+    out_channels: int
+
+    @property
+    def downsampling(self) -> int:
+        """Height and width of the input must be divisible by this number."""
+        return int(2 ** sum(layer.kind == "down" for block in self.input_blocks for layer in block))
+
+
+def plan_unet(
+    *,
+    in_channels: int,
+    model_channels: int,
+    channel_mult: Sequence[int],
+    num_res_blocks: int | Sequence[int],
+    attention_resolutions: Sequence[int],
+    transformer_depth: int | Sequence[int] = 1,
+    transformer_depth_middle: int | None = None,
+    num_heads: int = -1,
+    num_head_channels: int = -1,
+) -> UNetPlan:
+    """Lay out the U-Net of latent diffusion (arXiv 2112.10752; Dhariwal and Nichol, 2105.05233).
+
+    Args:
+        in_channels: channels of the input.
+        model_channels: channels of the first level.
+        channel_mult: channels of each level as multiples of ``model_channels``.
+        num_res_blocks: residual blocks of a level on the way down (one more on the way up).
+        attention_resolutions: downsampling factors (1, 2, 4, ...) whose levels have attention.
+        transformer_depth: transformer blocks per attention layer, one number or one per level.
+        transformer_depth_middle: the same in the middle; the last level's where None.
+        num_heads: attention heads, or -1 for ``num_head_channels`` each.
+        num_head_channels: channels of a head, or -1 for ``num_heads`` heads.
+
+    Raises:
+        ValueError: heads are under-determined or do not divide the channels, or a list's length
+            is not the number of levels.
+    """
+    levels = len(channel_mult)
+    depths = _per_level("transformer_depth", transformer_depth, levels)
+    res_blocks = _per_level("num_res_blocks", num_res_blocks, levels)
+    if (num_heads == -1) == (num_head_channels == -1):
+        raise ValueError(
+            f"expected one of num_heads and num_head_channels, "
+            f"got {num_heads} and {num_head_channels}"
+        )
+
+    def attention(channels: int, depth: int) -> Layer:
+        heads = num_heads if num_head_channels == -1 else channels // num_head_channels
+        if heads < 1 or channels % heads or num_head_channels not in (-1, channels // heads):
+            raise ValueError(
+                f"{channels} channels do not divide into heads "
+                f"(num_heads {num_heads}, num_head_channels {num_head_channels})"
+            )
+        return Layer("attention", channels, channels, depth, heads)
+
+    def layers(c_in: int, c_out: int, level: int) -> list[Layer]:
+        block = [Layer("res", c_in, c_out)]
+        if 2**level in attention_resolutions:
+            block.append(attention(c_out, depths[level]))
+        return block
+
+    channels = model_channels
+    blocks: list[Block] = [(Layer("conv", in_channels, channels),)]
+    skips = [channels]
+    for level, mult in enumerate(channel_mult):
+        for _ in range(res_blocks[level]):
+            blocks.append(tuple(layers(channels, mult * model_channels, level)))
+            channels = mult * model_channels
+            skips.append(channels)
+        if level < levels - 1:
+            blocks.append((Layer("down", channels, channels),))
+            skips.append(channels)
+
+    depth = depths[-1] if transformer_depth_middle is None else transformer_depth_middle
+    res = Layer("res", channels, channels)
+    middle = (res, attention(channels, depth), res)
+
+    outputs: list[Block] = []
+    for level, mult in reversed(list(enumerate(channel_mult))):
+        for i in range(res_blocks[level] + 1):
+            block = layers(channels + skips.pop(), mult * model_channels, level)
+            channels = mult * model_channels
+            if level > 0 and i == res_blocks[level]:
+                block.append(Layer("up", channels, channels))
+            outputs.append(tuple(block))
+    return UNetPlan(tuple(blocks), middle, tuple(outputs), channels)
+
+
+def _per_level(name: str, value: int | Sequence[int], levels: int) -> list[int]:
+    values = [value] * levels if isinstance(value, int) else list(value)
+    if len(values) != levels:
+        raise ValueError(f"{name}: expected one number or {levels}, one per level; got {value}")
+    return values

@@ -1,0 +1,67 @@
+"""Small helpers that every layer may use; imports torch alone."""
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def default(value: T | None, fallback: T) -> T:
+    """Return ``value``, or ``fallback`` where ``value`` is None."""
+    return fallback if value is None else value
+
+
+def append_dims(x: torch.Tensor, ndim: int) -> torch.Tensor:
+    """View ``x`` with trailing singleton dimensions, so that it broadcasts against ``ndim`` dimensions.
+
+    Raises:
+        ValueError: ``x`` already has more than ``ndim`` dimensions.
+    """
+    if x.ndim > ndim:
+        raise ValueError(f"expected a tensor of at most {ndim} dimensions, got {x.ndim}")
+    return x[(...,) + (None,) * (ndim - x.ndim)]
+
+
+def get_obj_from_str(path: str) -> Any:
+    """Import the object that a dotted path such as ``sgm.models.diffusion.DiffusionEngine`` names.
+
+    Raises:
+        ValueError: the module or the name in it does not exist.
+    """
+    module, _, name = path.rpartition(".")
+    if not module:
+        raise ValueError(f"expected a dotted path such as 'package.module.Class', got {path!r}")
+    try:
+        return getattr(import_module(module), name)
+    except ModuleNotFoundError as exc:
+        if exc.name is None or not f"{module}.".startswith(f"{exc.name}."):
+            raise  # a dependency of the module is missing: that is the message to show
+        raise ValueError(f"unknown target {path!r}: there is no module {exc.name!r}") from exc
+    except AttributeError as exc:
+        raise ValueError(f"unknown target {path!r}: {module!r} has no {name!r}") from exc
+
+
+def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
+    """Build the object that ``config`` describes: ``{"target": dotted path, "params": {...}}``.
+
+    Args:
+        config: a mapping with ``target`` and, optionally, ``params``; plain or from OmegaConf.
+        extra: keyword arguments added to ``params``.
+
+    Raises:
+        ValueError: ``target`` is missing or unknown, or does not take the parameters.
+    """
+    if "target" not in config:
+        raise ValueError(f"expected a config with the key 'target', got the keys {sorted(config)}")
+    target = str(config["target"])
+    params = dict(config.get("params") or {}) | extra
+    obj = get_obj_from_str(target)
+    try:
+        return obj(**params)
+    except TypeError as exc:
+        if exc.__traceback__ is not None and exc.__traceback__.tb_next is not None:
+            raise  # raised inside the constructor: not a matter of the parameters' names
+        raise ValueError(f"{target}: {exc}") from exc
