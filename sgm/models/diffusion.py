@@ -1,0 +1,105 @@
+"""The diffusion engine: everything a checkpoint holds, composed from a YAML.
+
+Shapes: b clips, t frames, n = b t rows, z latent channels, f the downsampling factor.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sgm.checkpoint import load_checkpoint
+from sgm.models.autoencoder import AutoencodingEngine
+from sgm.modules.autoencoding.temporal_ae import VideoDecoder
+from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
+from sgm.util import default, instantiate_from_config
+
+Config = Mapping[str, Any]
+
+
+class DiffusionEngine(nn.Module):
+    """U-Net, denoiser, conditioner, first stage, and optionally a sampler and a loss.
+
+    Args:
+        network_config: the U-Net.
+        denoiser_config: the preconditioning around it.
+        first_stage_config: the autoencoder.
+        conditioner_config: the embedders.
+        sampler_config: the sampler, where the YAML names one.
+        loss_fn_config: the training loss, where the YAML names one.
+        ckpt_path: weights to load.
+        scale_factor: video latents are the first stage's times this number.
+        disable_first_stage_autocast: run the first stage in its own type, whatever autocast says.
+        en_and_decode_n_samples_a_time: frames that the first stage takes at once; all where None.
+            A video decoder sees that many frames, so the number changes its result.
+        compile_model: run the U-Net through ``torch.compile``.
+        input_key: entry of the training batch that holds the frames.
+        _training: settings of the original trainer that published YAML files name.
+    """
+
+    def __init__(
+        self,
+        network_config: Config,
+        denoiser_config: Config,
+        first_stage_config: Config,
+        conditioner_config: Config,
+        sampler_config: Config | None = None,
+        loss_fn_config: Config | None = None,
+        ckpt_path: str | None = None,
+        scale_factor: float = 1.0,
+        disable_first_stage_autocast: bool = False,
+        en_and_decode_n_samples_a_time: int | None = None,
+        compile_model: bool = False,
+        input_key: str = "frames",
+        **_training: Any,
+    ) -> None:
+        super().__init__()
+        self.model = OpenAIWrapper(instantiate_from_config(network_config), compile_model)
+        self.denoiser = instantiate_from_config(denoiser_config)
+        self.sampler = instantiate_from_config(sampler_config) if sampler_config else None
+        self.conditioner = instantiate_from_config(conditioner_config)
+        self.first_stage_model: AutoencodingEngine = instantiate_from_config(first_stage_config)
+        self.first_stage_model.requires_grad_(False).eval()
+        self.loss_fn = instantiate_from_config(loss_fn_config) if loss_fn_config else None
+        self.scale_factor = scale_factor
+        self.disable_first_stage_autocast = disable_first_stage_autocast
+        self.en_and_decode_n_samples_a_time = en_and_decode_n_samples_a_time
+        self.input_key = input_key
+        if ckpt_path is not None:
+            load_checkpoint(self, ckpt_path)
+
+    def train(self, mode: bool = True) -> "DiffusionEngine":
+        """Switch the mode; the first stage stays in evaluation mode."""
+        super().train(mode)
+        self.first_stage_model.eval()
+        return self
+
+    def _first_stage_autocast(self, x: Tensor) -> torch.autocast:
+        device = x.device.type
+        enabled = not self.disable_first_stage_autocast and torch.is_autocast_enabled(device)
+        return torch.autocast(device, enabled=enabled)
+
+    @torch.no_grad()
+    def encode_first_stage(self, x: Tensor) -> Tensor:
+        """Frames (n, 3, h, w) in [-1, 1] -> scaled latents (n, z, h / f, w / f)."""
+        chunk = default(self.en_and_decode_n_samples_a_time, len(x))
+        dtype = next(self.first_stage_model.encoder.parameters()).dtype
+        with self._first_stage_autocast(x):
+            parts = [self.first_stage_model.encode(part) for part in x.to(dtype).split(chunk)]
+        return self.scale_factor * torch.cat(parts).to(x.dtype)
+
+    @torch.no_grad()
+    def decode_first_stage(self, z: Tensor) -> Tensor:
+        """Scaled latents (n, z, h / f, w / f) of one clip -> frames (n, 3, h, w), about [-1, 1]."""
+        return torch.cat(list(self.decode_chunks(z)))
+
+    def decode_chunks(self, z: Tensor) -> Iterator[Tensor]:
+        """As :meth:`decode_first_stage`, one chunk of frames after the other."""
+        chunk = default(self.en_and_decode_n_samples_a_time, len(z))
+        decoder = self.first_stage_model.decoder
+        dtype = next(decoder.parameters()).dtype
+        for part in (z.to(dtype) / self.scale_factor).split(chunk):
+            kwargs = {"timesteps": len(part)} if isinstance(decoder, VideoDecoder) else {}
+            with torch.no_grad(), self._first_stage_autocast(z):
+                yield self.first_stage_model.decode(part, **kwargs).to(z.dtype)

@@ -1,0 +1,118 @@
+"""CLIP's image tower as the context of the U-Net.
+
+Shapes: n pictures, b clips, d width of the embedding.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from sgm.modules.encoders.resize import antialiased_resize
+from sgm.util import instantiate_from_config
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class ImageTower(nn.Module):
+    """Holder of the tower under the name that checkpoints use (``model.visual``)."""
+
+    def __init__(self, visual: nn.Module) -> None:
+        super().__init__()
+        self.visual = visual
+
+
+class FrozenOpenCLIPImageEmbedder(nn.Module):
+    """A picture's CLIP embedding (arXiv 2103.00020), the image tower by open_clip.
+
+    The weights come with the model's checkpoint and are never downloaded; the text tower is not
+    built.
+
+    Args:
+        arch: name of an open_clip architecture such as ``ViT-H-14``, or a mapping with
+            ``embed_dim`` and ``vision_cfg`` as in open_clip's own files.
+        freeze: keep the weights fixed in training.
+        antialias: must be true, as in every published model.
+        unsqueeze_dim: give (n, 1, d).
+        _unused: ``version``, ``device``, ``init_device`` and others of published YAML files.
+
+    Raises:
+        ValueError: unknown architecture, or one that is no plain vision transformer.
+    """
+
+    def __init__(
+        self,
+        arch: str | Mapping[str, Any] = "ViT-H-14",
+        freeze: bool = True,
+        antialias: bool = True,
+        unsqueeze_dim: bool = False,
+        **_unused: Any,
+    ) -> None:
+        super().__init__()
+        if not antialias:
+            raise ValueError("antialias: expected true, as in every published model; got false")
+        self.model = ImageTower(_build_tower(arch))
+        self.unsqueeze_dim = unsqueeze_dim
+        if freeze:
+            self.requires_grad_(False)
+
+    def preprocess(self, x: Tensor) -> Tensor:
+        """(n, 3, h, w) in [-1, 1] -> normalised pictures of the tower's size."""
+        x = antialiased_resize(x, *self.model.visual.image_size)
+        mean, std = (x.new_tensor(v)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
+        return ((x + 1) / 2 - mean) / std
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(n, 3, h, w) in [-1, 1] -> (n, d), in the type of ``image``."""
+        pixels = self.preprocess(image).to(self.model.visual.conv1.weight.dtype)
+        z = self.model.visual(pixels).to(image.dtype)
+        return z[:, None] if self.unsqueeze_dim else z
+
+
+class FrozenOpenCLIPImagePredictionEmbedder(nn.Module):
+    """CLIP embeddings of the condition frames, as context tokens.
+
+    Args:
+        open_clip_embedding_config: the embedder of one picture.
+        n_cond_frames: condition frames per clip, one token each.
+        n_copies: rows given per clip.
+    """
+
+    def __init__(
+        self, open_clip_embedding_config: Mapping[str, Any], n_cond_frames: int, n_copies: int
+    ) -> None:
+        super().__init__()
+        self.n_cond_frames = n_cond_frames
+        self.n_copies = n_copies
+        self.open_clip = instantiate_from_config(open_clip_embedding_config)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """(b n_cond_frames, 3, h, w) in [-1, 1] -> (b n_copies, n_cond_frames, d)."""
+        tokens = rearrange(self.open_clip(frames), "(b k) d -> b k d", k=self.n_cond_frames)
+        return repeat(tokens, "b k d -> (b copies) k d", copies=self.n_copies)
+
+
+def _build_tower(arch: str | Mapping[str, Any]) -> nn.Module:
+    import open_clip
+    from open_clip.transformer import VisionTransformer
+
+    config = open_clip.get_model_config(arch) if isinstance(arch, str) else dict(arch)
+    if config is None:
+        raise ValueError(f"arch: open_clip knows no architecture {arch!r}")
+    vision = open_clip.CLIPVisionCfg(**config["vision_cfg"])
+    if vision.timm_model_name or isinstance(vision.layers, (tuple, list)):
+        raise ValueError(f"arch: expected a plain vision transformer, got {arch!r}")
+    quick = config.get("quick_gelu", False)
+    return VisionTransformer(
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+        width=vision.width,
+        layers=vision.layers,
+        heads=vision.width // vision.head_width,
+        mlp_ratio=vision.mlp_ratio,
+        output_dim=config["embed_dim"],
+        act_layer=open_clip.transformer.QuickGELU if quick else torch.nn.GELU,
+    )
