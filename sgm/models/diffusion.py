@@ -89,17 +89,15 @@ class DiffusionEngine(nn.Module):
             parts = [self.first_stage_model.encode(part) for part in x.to(dtype).split(chunk)]
         return self.scale_factor * torch.cat(parts).to(x.dtype)
 
-    @torch.no_grad()
     def decode_first_stage(self, z: Tensor) -> Tensor:
         """Scaled latents (n, z, h / f, w / f) of one clip -> frames (n, 3, h, w), about [-1, 1]."""
-        return torch.cat(list(self.decode_chunks(z)))
+        return torch.cat(list(self.decode_chunks(z, self.en_and_decode_n_samples_a_time)))
 
-    def decode_chunks(self, z: Tensor) -> Iterator[Tensor]:
-        """As :meth:`decode_first_stage`, one chunk of frames after the other."""
-        chunk = default(self.en_and_decode_n_samples_a_time, len(z))
+    def decode_chunks(self, z: Tensor, chunk: int | None = None) -> Iterator[Tensor]:
+        """As :meth:`decode_first_stage`, ``chunk`` frames after the other (None: all at once)."""
         decoder = self.first_stage_model.decoder
         dtype = next(decoder.parameters()).dtype
-        for part in (z.to(dtype) / self.scale_factor).split(chunk):
+        for part in (z / self.scale_factor).to(dtype).split(default(chunk, len(z))):
             kwargs = {"timesteps": len(part)} if isinstance(decoder, VideoDecoder) else {}
             with torch.no_grad(), self._first_stage_autocast(z):
                 yield self.first_stage_model.decode(part, **kwargs).to(z.dtype)

@@ -1,0 +1,103 @@
+"""Names of files: which pictures the user means, and under which number a video is stored."""
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from glob import glob
+from pathlib import Path
+
+PICTURE_SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff")
+)
+
+
+def is_address(source: object) -> bool:
+    """Whether ``source`` is an http or https address."""
+    return isinstance(source, str) and source.lower().startswith(("http://", "https://"))
+
+
+def expand_inputs(input_path: str | Path | Iterable[str | Path]) -> list[Path | str]:
+    """The pictures that the user means, each once, in the order given.
+
+    Args:
+        input_path: a file, a folder (its pictures by name, without sub-folders), a pattern such as
+            ``photos/*.jpg`` (``**`` enters sub-folders) or an http(s) address; or several of them.
+
+    Returns:
+        Paths of existing files, and addresses as they are.
+
+    Raises:
+        ValueError: where nothing is found.
+    """
+    several = [input_path] if isinstance(input_path, str | Path) else list(input_path)
+    found = [each for source in several for each in _expand(str(source))]
+    if not found:
+        raise ValueError("no input picture: give a file, folder, pattern or http(s) address")
+    return list(dict.fromkeys(found))
+
+
+def _expand(source: str) -> list[Path | str]:
+    if is_address(source):
+        return [source]
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _pictures_in(path)
+    if path.exists():  # before the pattern: a file's own name may hold brackets
+        return [path]
+    names = glob(str(path), recursive=True)  # noqa: PTH207 - skips hidden files, as shells do
+    matches = [Path(name) for name in sorted(names)]
+    files: list[Path | str] = [match for match in matches if match.is_file()]
+    if not files:
+        raise ValueError(f"input {source!r}: no such file or folder, and no file matches")
+    return files
+
+
+def _pictures_in(folder: Path) -> list[Path | str]:
+    pictures: list[Path | str] = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() in PICTURE_SUFFIXES
+        and path.is_file()
+        and not path.name.startswith(".")
+    ]
+    if not pictures:
+        known = ", ".join(sorted(PICTURE_SUFFIXES))
+        raise ValueError(f"input {str(folder)!r}: the folder holds no picture ({known})")
+    return pictures
+
+
+@contextmanager
+def next_output_path(folder: str | Path, suffix: str = ".mp4") -> Iterator[Path]:
+    """Reserve the next free number of a folder, as in ``000004.mp4``, while the block runs.
+
+    A number counts as taken as soon as a file of any suffix bears it, so the description beside a
+    video can have the same stem. Processes that share the folder get different numbers: a hidden
+    file marks the number until the block ends.
+
+    Args:
+        folder: where the file will be; made if absent.
+        suffix: end of the name with its dot, or empty for a folder of frames.
+
+    Yields:
+        A path at which nothing stands yet.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        stem = f"{_highest_number(folder) + 1:06d}"
+        claim = folder / f".{stem}.claim"
+        try:
+            claim.touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        try:
+            if not any(folder.glob(f"{stem}*")):  # else another process has just finished this one
+                yield folder / (stem + suffix)
+                return
+        finally:
+            claim.unlink(missing_ok=True)
+
+
+def _highest_number(folder: Path) -> int:
+    names = (re.match(r"\.?(\d{6,})(\.|$)", path.name) for path in folder.iterdir())
+    return max((int(name[1]) for name in names if name), default=-1)

@@ -1,0 +1,328 @@
+"""The one path from a picture to a video.
+
+Command line, page, tests and benchmarks differ only in how the options are made and where the
+video goes. Shapes: t frames, z latent channels, f downsampling factor, h height, w width.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sgm.checkpoint import load_checkpoint
+from sgm.inference import memory, specs
+from sgm.inference.conditioning import embed, make_batch
+from sgm.inference.options import SamplingOptions
+from sgm.inference.pictures import (
+    Picture,
+    Source,
+    cut_out_object,
+    fit_picture,
+    load_picture,
+    native_size,
+)
+from sgm.inference.settings import Config, Settings, read_config, resolve
+from sgm.inference.videos import Video
+from sgm.models.diffusion import DiffusionEngine
+from sgm.util import instantiate_from_config
+
+logger = logging.getLogger(__name__)
+
+Stage = Literal["encoding", "sampling", "decoding"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        stage: what is being done.
+        step: steps of the stage that are done.
+        total: all steps of the stage.
+        sigma: the noise level that the last sampling step began with.
+        latents: the clean latents (t, z, h / f, w / f) as estimated there, scaled.
+    """
+
+    stage: Stage
+    step: int
+    total: int
+    sigma: float | None = None
+    latents: Tensor | None = None
+
+
+Callback = Callable[[Progress], bool | None]
+
+
+class SamplingStopped(Exception):
+    """The callback ended the run."""
+
+
+class VideoPipeline:
+    """A loaded model that turns pictures into videos.
+
+    Args:
+        engine: with weights.
+        config: the ``model`` section of its YAML.
+        spec: its row in the table of models.
+        device: where to compute; None for the fastest there is.
+        dtype: type of the U-Net; None for the best that the device is fast in.
+        checkpoint: the file of the weights, for the record.
+    """
+
+    def __init__(
+        self,
+        engine: DiffusionEngine,
+        config: Config,
+        spec: specs.ModelSpec,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        checkpoint: Path | None = None,
+    ) -> None:
+        self.engine, self.config, self.spec, self.checkpoint = engine, config, spec, checkpoint
+        self.device = memory.default_device() if device is None else torch.device(device)
+        self.dtype = dtype or memory.default_dtype(self.device)
+        memory.place(engine, self.device, self.dtype)
+
+    @classmethod
+    def from_spec(
+        cls,
+        name: str | None = None,
+        *,
+        config: str | Path | None = None,
+        ckpt_path: str | Path | None = None,
+        device: str | None = None,
+        dtype: str | torch.dtype | None = None,
+    ) -> Self:
+        """Load a named model.
+
+        The YAML is looked for in the working directory, the checkout and the package, in that
+        order; the weights are the given file, else the YAML's ``ckpt_path``, else
+        ``checkpoints/NAME.safetensors``.
+
+        Args:
+            name: a row of :data:`sgm.inference.specs.SPECS`; None for the first whose weights are
+                there.
+            config: another YAML than the model's own.
+            ckpt_path: another file of weights.
+            device: such as ``cuda:1``; None for the fastest there is.
+            dtype: ``float32``, ``float16`` or ``bfloat16``; None for the best that is fast.
+
+        Raises:
+            ValueError: unknown name, missing or unfit file, device that is not there.
+        """
+        spec = specs.get_spec(name) if name else specs.default_spec()
+        model = read_config(config or specs.find_config(spec.name))
+        weights = find_weights(spec, model, ckpt_path)
+        target = memory.parse_device(device) if device else memory.default_device()
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype)
+        params = (model.get("params") or {}) | {"ckpt_path": None}
+        with torch.device("meta"):
+            engine = instantiate_from_config(model | {"params": params})
+        if not isinstance(engine, DiffusionEngine):
+            raise ValueError(f"expected a DiffusionEngine in the YAML, got {model['target']}")
+        load_checkpoint(engine, weights)
+        return cls(engine, model, spec, target, dtype, weights)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents: z."""
+        return int(self.engine.first_stage_model.decoder.conv_in.in_channels)
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent along an edge: f."""
+        return self.engine.first_stage_model.downsampling
+
+    def settings(self, picture: Picture, options: SamplingOptions | None = None) -> Settings:
+        """What a run on this picture will really do.
+
+        Raises:
+            ValueError: options that contradict each other or the model.
+        """
+        options = options or SamplingOptions()
+        native = native_size(picture.size, self.spec.height, self.spec.width)
+        settings = resolve(options, self.config, self.spec, native)
+        if options.device and torch.device(options.device).type != self.device.type:
+            raise ValueError(f"device is {self.device} in this pipeline, got {options.device}")
+        if options.dtype and getattr(torch, options.dtype) != self.dtype:
+            raise ValueError(f"dtype is {self.dtype} in this pipeline, got {options.dtype}")
+        return settings
+
+    def __call__(
+        self,
+        image: Source | Picture,
+        options: SamplingOptions | None = None,
+        *,
+        callback: Callback | None = None,
+        noise: Tensor | None = None,
+        latents: Tensor | None = None,
+    ) -> Any:
+        """Make a video, or several, from a picture.
+
+        Args:
+            image: a path, http(s) address, Pillow image, array or tensor (see ``load_picture``).
+            options: what to do; see :class:`SamplingOptions`.
+            callback: called after each step of each stage; returning False ends the run.
+            noise: standard normal (t, z, h / f, w / f) to begin with, instead of the seed's.
+            latents: scaled latents of that shape to decode, instead of sampling.
+
+        Returns:
+            By ``options.output``: a :class:`Video` (frames), a float array (t, h, w, 3) or tensor
+            (t, 3, h, w) in [0, 1], or the scaled latents; a list of them where
+            ``videos_per_image`` is more than one. Video k is the one that ``seed + k`` gives alone.
+
+        Raises:
+            ValueError: a bad picture or option, or a result that is not finite.
+            SamplingStopped: the callback ended the run.
+        """
+        picture = image if isinstance(image, Picture) else load_picture(image)
+        options = options or SamplingOptions()
+        results = [
+            self._one(picture, options.replace(seed=seed), callback, noise, latents)
+            for seed in video_seeds(options)
+        ]
+        return results[0] if len(results) == 1 else results
+
+    @torch.inference_mode()
+    def _one(
+        self,
+        picture: Picture,
+        options: SamplingOptions,
+        callback: Callback | None,
+        noise: Tensor | None,
+        latents: Tensor | None,
+    ) -> Any:
+        settings = self.settings(picture, options)
+        pixels = self._prepare(picture, settings)
+        if latents is None:
+            latents = self._sample(pixels, settings, noise, callback)
+        if options.output == "latents":
+            return latents
+        frames = self._decode(latents, settings, callback)
+        if self.spec.orbit:
+            frames[-1] = self._crop(pixels, settings)
+        match options.output:
+            case "tensor":
+                return (frames + 1) / 2
+            case "numpy":
+                return ((frames + 1) / 2).permute(0, 2, 3, 1).numpy()
+        levels = ((frames + 1) * 127.5).round_().to(torch.uint8)
+        return Video(np.ascontiguousarray(levels.permute(0, 2, 3, 1).numpy()), options.fps, latents)
+
+    def _prepare(self, picture: Picture, settings: Settings) -> Tensor:
+        """The picture at the size of the video, padded to what the network takes: (3, h, w)."""
+        height, width = settings.size
+        options = settings.options
+        if self.spec.orbit:
+            side = min(height, width)
+            picture = cut_out_object(picture, options.image_frame_ratio, side)
+        pixels = fit_picture(picture, height, width, options.fit, options.background)
+        unit = self.downsampling * self.engine.model.diffusion_model.downsampling
+        pad_h, pad_w = -height % unit, -width % unit
+        padding = (pad_w // 2, pad_w - pad_w // 2, pad_h // 2, pad_h - pad_h // 2)
+        mode = "reflect" if max(padding) < min(height, width) else "replicate"
+        return F.pad(pixels[None], padding, mode=mode)[0]
+
+    def _crop(self, frames: Tensor, settings: Settings) -> Tensor:
+        """Undo the padding of :meth:`_prepare` on (..., h, w)."""
+        height, width = settings.size
+        top, left = (frames.shape[-2] - height) // 2, (frames.shape[-1] - width) // 2
+        return frames[..., top : top + height, left : left + width]
+
+    def _sample(
+        self, pixels: Tensor, settings: Settings, noise: Tensor | None, callback: Callback | None
+    ) -> Tensor:
+        """Scaled latents (t, z, h / f, w / f) in float32."""
+        frames, seed = settings.frames, settings.options.seed
+        shape = (frames, self.latent_channels, *(n // self.downsampling for n in pixels.shape[1:]))
+        generator = torch.Generator().manual_seed(seed)
+        aug_noise = torch.randn(pixels.shape, generator=generator)
+        drawn = torch.randn(shape, generator=generator)
+        if noise is not None and noise.shape != drawn.shape:
+            raise ValueError(f"noise must have the shape {shape}, got {tuple(noise.shape)}")
+        x = (drawn if noise is None else noise.float()).to(self.device)
+
+        def more_noise(like: Tensor) -> Tensor:
+            return torch.randn(like.shape, generator=generator).to(like)
+
+        _report(callback, Progress("encoding", 0, 1))
+        batch = make_batch(pixels, settings, aug_noise, self.device)
+        c, uc = embed(self.engine.conditioner, batch, frames)
+        _report(callback, Progress("encoding", 1, 1))
+        sampler = instantiate_from_config(settings.sampler_config)
+
+        def denoise(x: Tensor, sigma: Tensor, cond: Any) -> Tensor:
+            indicator = torch.zeros(len(x) // frames, frames, device=x.device)
+            extra = {"num_video_frames": frames, "image_only_indicator": indicator}
+            return self.engine.denoiser(self.engine.model, x, sigma, cond, **extra)
+
+        def after_step(step: int, total: int, sigma: float, estimate: Tensor) -> None:
+            _report(callback, Progress("sampling", step, total, sigma, estimate))
+
+        latents = sampler(
+            denoise,
+            x,
+            cond=c,
+            uc=uc,
+            num_steps=settings.options.num_steps,
+            num_frames=frames,
+            noise_fn=more_noise,
+            callback=after_step,
+        )
+        if not torch.isfinite(latents).all():
+            raise ValueError(
+                f"the latents are not finite in {self.dtype}: try --dtype bfloat16 or float32, "
+                "or lower --max_guidance"
+            )
+        return latents
+
+    def _decode(self, latents: Tensor, settings: Settings, callback: Callback | None) -> Tensor:
+        """Frames (t, 3, h, w) in [-1, 1], float32 on the CPU."""
+        parts: list[Tensor] = []
+        total, done = len(latents), 0
+        _report(callback, Progress("decoding", 0, total))
+        for part in self.engine.decode_chunks(
+            latents.to(self.device, torch.float32), settings.options.decoding_t
+        ):
+            if not torch.isfinite(part).all():
+                raise ValueError("the decoded frames are not finite: try --dtype float32")
+            parts.append(self._crop(part, settings).clamp(-1, 1).float().cpu())
+            done += len(part)
+            _report(callback, Progress("decoding", done, total))
+        return torch.cat(parts)
+
+
+def video_seeds(options: SamplingOptions) -> list[int]:
+    """The seed of each video of a picture: consecutive numbers, so each can be made alone."""
+    return [(options.seed + k) % 2**63 for k in range(options.videos_per_image)]
+
+
+def find_weights(
+    spec: specs.ModelSpec, model: Config, ckpt_path: str | Path | None = None
+) -> Path:
+    """The file of a model's weights.
+
+    Raises:
+        ValueError: it is not there; what is missing is named.
+    """
+    asked = ckpt_path or (model.get("params") or {}).get("ckpt_path")
+    found = specs.find_file(Path(asked).expanduser()) if asked else spec.checkpoint
+    if found is None:
+        wanted = asked or f"checkpoints/{spec.name}.safetensors"
+        raise ValueError(
+            f"{spec.name} needs its weights at {wanted}, and there is no such file: "
+            "put it there (see checkpoints/README.md), or give --ckpt_path"
+        )
+    return found
+
+
+def _report(callback: Callback | None, progress: Progress) -> None:
+    if callback is not None and callback(progress) is False:
+        raise SamplingStopped(f"stopped in {progress.stage}, step {progress.step}")

@@ -1,0 +1,202 @@
+"""What one run will really do: flags, the YAML and the model's row brought together.
+
+Nothing here needs weights, so that impossible wishes are refused before a model is loaded.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from sgm.inference.options import SamplingOptions
+from sgm.inference.specs import ModelSpec
+
+Config = dict[str, Any]
+
+_SAMPLING = "sgm.modules.diffusionmodules.sampling"
+_GUIDERS = "sgm.modules.diffusionmodules.guiders"
+_DISCRETIZATION = {
+    "target": "sgm.modules.diffusionmodules.discretizer.EDMDiscretization",
+    "params": {"sigma_max": 700.0},
+}
+SAMPLER_TARGETS = {
+    "euler": f"{_SAMPLING}.EulerEDMSampler",
+    "heun": f"{_SAMPLING}.HeunEDMSampler",
+    "euler_ancestral": f"{_SAMPLING}.EulerAncestralSampler",
+    "dpmpp_2s_ancestral": f"{_SAMPLING}.DPMPP2SAncestralSampler",
+    "dpmpp_2m": f"{_SAMPLING}.DPMPP2MSampler",
+    "lms": f"{_SAMPLING}.LinearMultistepSampler",
+}
+GUIDER_TARGETS = {
+    "constant": f"{_GUIDERS}.VanillaCFG",
+    "linear": f"{_GUIDERS}.LinearPredictionGuider",
+    "triangle": f"{_GUIDERS}.TrianglePredictionGuider",
+    "trapezoid": f"{_GUIDERS}.TrapezoidPredictionGuider",
+    "none": f"{_GUIDERS}.IdentityGuider",
+}
+
+
+def read_config(path: str | Path) -> Config:
+    """Read the ``model`` section of a YAML as plain dictionaries.
+
+    Raises:
+        ValueError: no such file, no YAML, or no ``model`` with a ``target`` in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"config {str(path)!r}: no such file")
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as exc:
+        raise ValueError(f"config {str(path)!r}: {str(exc).splitlines()[0]}") from exc
+    model = config.get("model") if isinstance(config, dict) else None
+    if not isinstance(model, dict) or "target" not in model:
+        raise ValueError(f"config {str(path)!r}: expected 'model' with a 'target' in it")
+    return cast(Config, model)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A run without open questions.
+
+    Attributes:
+        options: every option that is a plain value, with its final one. Where no flag changes
+            sampler or guidance, those options stay None: the YAML's own are used as they are.
+        sampler_config: the sampler, guider and noise schedule to build.
+    """
+
+    options: SamplingOptions
+    sampler_config: Config
+
+    @property
+    def frames(self) -> int:
+        """Length of the video."""
+        return cast(int, self.options.num_frames)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the video in pixels."""
+        return cast(int, self.options.height), cast(int, self.options.width)
+
+
+def resolve(
+    options: SamplingOptions, config: Config, spec: ModelSpec, size: tuple[int, int]
+) -> Settings:
+    """Decide everything that a run needs.
+
+    Args:
+        options: the flags.
+        config: the ``model`` section of the YAML.
+        spec: the model's row.
+        size: native height and width in the picture's orientation.
+
+    Raises:
+        ValueError: flags that contradict each other or the YAML.
+    """
+    params = config.get("params") or {}
+    given = params.get("sampler_config") or {}
+    sampler = given.get("params") or {}
+    guider = (sampler.get("guider_config") or {}).get("params") or {}
+    sampler_config = _sampler_config(options, given, spec)
+
+    def first(*values: Any) -> Any:
+        return next(value for value in values if value is not None)
+
+    height, width = size
+    if options.height is not None or options.width is not None:
+        height, width = _asked_size(options, size)
+    decided = options.replace(
+        num_frames=first(options.num_frames, guider.get("num_frames"), spec.num_frames),
+        num_steps=first(options.num_steps, sampler.get("num_steps"), spec.num_steps),
+        height=height,
+        width=width,
+        fps_id=first(options.fps_id, options.fps - 1),
+        cond_aug=first(options.cond_aug, spec.cond_aug),
+        decoding_t=first(
+            options.decoding_t, params.get("en_and_decode_n_samples_a_time"), spec.decoding_t
+        ),
+    )
+    for name in ("elevations_deg", "azimuths_deg"):
+        _check_angles(name, getattr(options, name), cast(int, decided.num_frames))
+    return Settings(decided, sampler_config)
+
+
+def _asked_size(options: SamplingOptions, native: tuple[int, int]) -> tuple[int, int]:
+    """The size of the flags; where one side is given, the other keeps the native proportions."""
+    ratio = native[1] / native[0]
+    height, width = options.height, options.width
+    if height is None:
+        height = max(64, 2 * round(cast(int, width) / ratio / 2))
+    if width is None:
+        width = max(64, 2 * round(height * ratio / 2))
+    return height, width
+
+
+def _check_angles(name: str, angles: tuple[float, ...] | None, frames: int) -> None:
+    allowed = (frames,) if name == "azimuths_deg" else (1, frames)
+    if angles is not None and len(angles) not in allowed:
+        numbers = " or ".join(str(n) for n in allowed)
+        raise ValueError(f"{name} must hold {numbers} angles, got {len(angles)}")
+
+
+def _sampler_config(options: SamplingOptions, given: Mapping[str, Any], spec: ModelSpec) -> Config:
+    """The YAML's sampler, or the row's, with what the flags change."""
+    params = dict(given.get("params") or {})
+    params.setdefault("discretization_config", _DISCRETIZATION)
+    row_guider = {
+        "target": GUIDER_TARGETS[spec.guidance_shape],
+        "params": {"min_scale": spec.min_guidance, "max_scale": spec.max_guidance},
+    }
+    if not given:
+        params["guider_config"] = row_guider
+    if _changes_guidance(options):
+        base = params.get("guider_config") or row_guider
+        params["guider_config"] = _guider_config(options, base, spec)
+    target = given.get("target", SAMPLER_TARGETS["euler"])
+    if options.sampler is not None and SAMPLER_TARGETS[options.sampler] != target:
+        target = SAMPLER_TARGETS[options.sampler]
+        shared = ("discretization_config", "guider_config", "num_steps", "verbose")
+        params = {key: value for key, value in params.items() if key in shared}
+    return {"target": target, "params": params}
+
+
+def _changes_guidance(options: SamplingOptions) -> bool:
+    asked = (options.guidance_shape, options.min_guidance, options.max_guidance)
+    return any(value is not None for value in asked)
+
+
+def _guider_config(options: SamplingOptions, base: Mapping[str, Any], spec: ModelSpec) -> Config:
+    params = dict(base.get("params") or {})
+    target = base["target"]
+    if options.guidance_shape is not None and GUIDER_TARGETS[options.guidance_shape] != target:
+        target = GUIDER_TARGETS[options.guidance_shape]
+        scales = {
+            "min_scale": params.get("min_scale", spec.min_guidance),
+            "max_scale": params.get("max_scale", params.get("scale", spec.max_guidance)),
+        }
+        params = {
+            "none": {},
+            "constant": {"scale": scales["max_scale"]},
+        }.get(options.guidance_shape, scales)
+    if target == GUIDER_TARGETS["none"] and options.guidance_shape is None:
+        raise ValueError(
+            "min_guidance and max_guidance need a guidance_shape here: the config has no guidance"
+        )
+    changes = {"min_scale": options.min_guidance, "max_scale": options.max_guidance}
+    if target == GUIDER_TARGETS["constant"]:
+        changes = {"scale": options.max_guidance}
+        if options.min_guidance is not None:
+            raise ValueError("min_guidance has no meaning with constant guidance: use max_guidance")
+    elif target == GUIDER_TARGETS["none"]:
+        changes = {}
+    params |= {key: value for key, value in changes.items() if value is not None}
+    if params.get("min_scale", 0.0) > params.get("max_scale", float("inf")):
+        raise ValueError(
+            f"min_guidance must not exceed max_guidance, "
+            f"got {params['min_scale']} and {params['max_scale']}"
+        )
+    return {"target": target, "params": params}

@@ -1,0 +1,135 @@
+"""The named models: which YAML, which weights, and what to do where neither YAML nor flag says.
+
+Precedence everywhere: a flag, else the YAML, else the row of this table.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One named model.
+
+    Attributes:
+        name: what ``--version`` takes; also the stem of its YAML and of its weights.
+        num_frames: frames it was trained for.
+        height: native height in pixels.
+        width: native width in pixels.
+        num_steps: sampling steps.
+        guidance_shape: course of the guidance over the frames.
+        min_guidance: lowest guidance.
+        max_guidance: highest guidance.
+        cond_aug: standard deviation of the noise on the condition picture.
+        decoding_t: frames decoded at once.
+        orbit: the camera circles an object (SV3D): the picture's object is cut out, the condition
+            picture is the last frame, and pixels take the place of a scene.
+        about: one line for people who choose.
+    """
+
+    name: str
+    num_frames: int
+    height: int
+    width: int
+    num_steps: int
+    min_guidance: float
+    max_guidance: float
+    about: str
+    guidance_shape: str = "linear"
+    cond_aug: float = 0.02
+    decoding_t: int = 14
+    orbit: bool = False
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The weights under ``checkpoints/`` of the working directory or the checkout, if there."""
+        return find_file(Path("checkpoints") / f"{self.name}.safetensors")
+
+
+def _svd(name: str, about: str) -> ModelSpec:
+    return ModelSpec(name, 14, 576, 1024, 25, 1.0, 2.5, about)
+
+
+def _xt(name: str, about: str) -> ModelSpec:
+    return ModelSpec(name, 25, 576, 1024, 30, 1.5, 3.0, about)
+
+
+def _sv3d(name: str, about: str) -> ModelSpec:
+    shape = {"guidance_shape": "triangle", "cond_aug": 1e-5, "orbit": True}
+    return ModelSpec(name, 21, 576, 576, 50, 1.0, 2.5, about, **shape)  # type: ignore[arg-type]
+
+
+# In the order of preference: the first whose weights are there is the default.
+SPECS = {
+    spec.name: spec
+    for spec in (
+        _xt("svd_xt", "25 frames of 576x1024"),
+        _svd("svd", "14 frames of 576x1024"),
+        ModelSpec("svd_tiny", 14, 64, 64, 25, 1.0, 2.0, "14 frames of 64x64, bundled"),
+        _xt("svd_xt_1_1", "25 frames of 576x1024, tuned at 6 frames/s and motion 127"),
+        _svd("svd_image_decoder", "svd with a decoder that takes frames one by one"),
+        _xt("svd_xt_image_decoder", "svd_xt with a decoder that takes frames one by one"),
+        _sv3d("sv3d_u", "21 views around an object, 576x576"),
+        _sv3d("sv3d_p", "21 views around an object, 576x576, camera path given"),
+    )
+}
+
+
+def get_spec(name: str) -> ModelSpec:
+    """Look a model up.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if name not in SPECS:
+        raise ValueError(f"version must be one of {', '.join(SPECS)}; got {name!r}")
+    return SPECS[name]
+
+
+def default_spec() -> ModelSpec:
+    """The first model of the table whose weights are present.
+
+    Raises:
+        ValueError: none is.
+    """
+    for spec in SPECS.values():
+        if spec.checkpoint is not None:
+            return spec
+    raise ValueError(
+        "no weights found: put one of "
+        f"{', '.join(f'{name}.safetensors' for name in SPECS)} under checkpoints/"
+    )
+
+
+def find_file(path: str | Path) -> Path | None:
+    """Find a file of the project, such as ``configs/svd.yaml``.
+
+    Looks in the working directory, the checkout and the installed package, in that order.
+    """
+    return next((base for base in _candidates(Path(path)) if base.is_file()), None)
+
+
+def find_config(name: str) -> Path:
+    """Find the YAML of a named model.
+
+    Raises:
+        ValueError: there is none; the places that were searched are named.
+    """
+    relative = Path("configs") / f"{name}.yaml"
+    found = find_file(relative)
+    if found is None:
+        places = ", ".join(str(path.parent) for path in _candidates(relative))
+        raise ValueError(f"there is no {name}.yaml in {places}")
+    return found
+
+
+def _candidates(path: Path) -> Iterator[Path]:
+    if path.is_absolute():
+        yield path
+        return
+    for base in (Path.cwd(), ROOT, PACKAGE):
+        yield base / path
