@@ -1,6 +1,8 @@
 """Small helpers that every layer may use; imports torch alone."""
 
-from collections.abc import Mapping
+import difflib
+import inspect
+from collections.abc import Collection, Mapping
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -15,7 +17,7 @@ def default(value: T | None, fallback: T) -> T:
 
 
 def append_dims(x: torch.Tensor, ndim: int) -> torch.Tensor:
-    """View ``x`` with trailing singleton dimensions, so that it broadcasts against ``ndim`` dimensions.
+    """View ``x`` with trailing dimensions of size 1, so that it broadcasts with ``ndim`` ones.
 
     Raises:
         ValueError: ``x`` already has more than ``ndim`` dimensions.
@@ -23,6 +25,23 @@ def append_dims(x: torch.Tensor, ndim: int) -> torch.Tensor:
     if x.ndim > ndim:
         raise ValueError(f"expected a tensor of at most {ndim} dimensions, got {x.ndim}")
     return x[(...,) + (None,) * (ndim - x.ndim)]
+
+
+def refuse_unknown(owner: object, given: Mapping[str, Any], ignored: Collection[str]) -> None:
+    """Refuse parameters other than those that published YAML files name and that have no effect.
+
+    Raises:
+        ValueError: names the first unknown parameter, and the one it resembles.
+    """
+    for name in given:
+        if name not in ignored:
+            close = difflib.get_close_matches(name, [*ignored, *_parameters(owner)], n=1)
+            hint = f": did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{type(owner).__name__} has no parameter {name!r}{hint}")
+
+
+def _parameters(owner: object) -> list[str]:
+    return list(inspect.signature(type(owner)).parameters)
 
 
 def get_obj_from_str(path: str) -> Any:

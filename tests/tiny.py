@@ -81,7 +81,8 @@ model:
               params:
                 arch:
                   embed_dim: 24
-                  vision_cfg: {{image_size: 32, patch_size: 16, width: 32, head_width: 16, layers: 1}}
+                  vision_cfg:
+                    {{image_size: 32, patch_size: 16, width: 32, head_width: 16, layers: 1}}
 
         - input_key: fps_id
           target: sgm.modules.encoders.modules.ConcatTimestepEmbedderND

@@ -78,9 +78,7 @@ def embed(
 
     The unconditional half has a zero picture, and keeps frame rate, motion and camera.
     """
-    c, uc = conditioner.get_unconditional_conditioning(
-        batch, force_uc_zero_embeddings=PICTURE_KEYS
-    )
+    c, uc = conditioner.get_unconditional_conditioning(batch, force_uc_zero_embeddings=PICTURE_KEYS)
     for half in (c, uc):
         for place in ("crossattn", "concat"):
             if place in half:

@@ -1,5 +1,7 @@
 """Where weights live, and in which type."""
 
+import platform
+
 import torch
 from torch import nn
 
@@ -33,6 +35,15 @@ def parse_device(name: str) -> torch.device:
     return device
 
 
+def device_name(device: torch.device) -> str:
+    """What the device is called, such as ``NVIDIA A100-SXM4-80GB``."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    return _cpu_info("model name") or platform.processor() or platform.machine()
+
+
 def default_dtype(device: torch.device) -> torch.dtype:
     """The type for the U-Net: the half type with the smaller error that the device is fast in.
 
@@ -46,12 +57,18 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 def cpu_has_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 natively."""
+    flags = _cpu_info("flags", "Features")
+    return not _BFLOAT16_UNITS.isdisjoint(flags.split())
+
+
+def _cpu_info(*names: str) -> str:
+    """The first of these entries in Linux's list of processors; empty elsewhere."""
     try:
         with open("/proc/cpuinfo") as file:  # noqa: PTH123 - a pseudo file, Linux alone
-            flags = next((line for line in file if line.startswith(("flags", "Features"))), "")
+            line = next((line for line in file if line.startswith(names)), "")
     except OSError:
-        return False
-    return not _BFLOAT16_UNITS.isdisjoint(flags.split())
+        return ""
+    return line.partition(":")[2].strip()
 
 
 def place(engine: DiffusionEngine, device: torch.device, dtype: torch.dtype) -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sgm.checkpoint import load_checkpoint
-from sgm.inference import memory, specs
+from sgm.inference import memory
 from sgm.inference.conditioning import embed, make_batch
 from sgm.inference.options import SamplingOptions
 from sgm.inference.pictures import (
@@ -27,7 +27,7 @@ from sgm.inference.pictures import (
     load_picture,
     native_size,
 )
-from sgm.inference.settings import Config, Settings, read_config, resolve
+from sgm.inference.settings import ModelFiles, Settings, find_model, resolve
 from sgm.inference.videos import Video
 from sgm.models.diffusion import DiffusionEngine
 from sgm.util import instantiate_from_config
@@ -59,7 +59,7 @@ class Progress:
 Callback = Callable[[Progress], bool | None]
 
 
-class SamplingStopped(Exception):
+class SamplingStopped(Exception):  # noqa: N818 - asked for, not an error
     """The callback ended the run."""
 
 
@@ -68,23 +68,19 @@ class VideoPipeline:
 
     Args:
         engine: with weights.
-        config: the ``model`` section of its YAML.
-        spec: its row in the table of models.
+        files: where it comes from.
         device: where to compute; None for the fastest there is.
         dtype: type of the U-Net; None for the best that the device is fast in.
-        checkpoint: the file of the weights, for the record.
     """
 
     def __init__(
         self,
         engine: DiffusionEngine,
-        config: Config,
-        spec: specs.ModelSpec,
+        files: ModelFiles,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        checkpoint: Path | None = None,
     ) -> None:
-        self.engine, self.config, self.spec, self.checkpoint = engine, config, spec, checkpoint
+        self.engine, self.files, self.spec = engine, files, files.spec
         self.device = memory.default_device() if device is None else torch.device(device)
         self.dtype = dtype or memory.default_dtype(self.device)
         memory.place(engine, self.device, self.dtype)
@@ -106,8 +102,8 @@ class VideoPipeline:
         ``checkpoints/NAME.safetensors``.
 
         Args:
-            name: a row of :data:`sgm.inference.specs.SPECS`; None for the first whose weights are
-                there.
+            name: a row of :data:`sgm.inference.specs.SPECS`; None for the one that the given
+                file is named after, or without such files the first whose weights are there.
             config: another YAML than the model's own.
             ckpt_path: another file of weights.
             device: such as ``cuda:1``; None for the fastest there is.
@@ -116,19 +112,28 @@ class VideoPipeline:
         Raises:
             ValueError: unknown name, missing or unfit file, device that is not there.
         """
-        spec = specs.get_spec(name) if name else specs.default_spec()
-        model = read_config(config or specs.find_config(spec.name))
-        weights = find_weights(spec, model, ckpt_path)
+        return cls.load(find_model(name, config, ckpt_path), device, dtype)
+
+    @classmethod
+    def load(
+        cls,
+        files: ModelFiles,
+        device: str | None = None,
+        dtype: str | torch.dtype | None = None,
+    ) -> Self:
+        """Load a model whose files are found; arguments and errors as in :meth:`from_spec`."""
         target = memory.parse_device(device) if device else memory.default_device()
         if isinstance(dtype, str):
             dtype = getattr(torch, dtype)
-        params = (model.get("params") or {}) | {"ckpt_path": None}
+        params = (files.config.get("params") or {}) | {"ckpt_path": None}
         with torch.device("meta"):
-            engine = instantiate_from_config(model | {"params": params})
+            engine = instantiate_from_config(files.config | {"params": params})
         if not isinstance(engine, DiffusionEngine):
-            raise ValueError(f"expected a DiffusionEngine in the YAML, got {model['target']}")
-        load_checkpoint(engine, weights)
-        return cls(engine, model, spec, target, dtype, weights)
+            raise ValueError(
+                f"expected a DiffusionEngine in the YAML, got {files.config['target']}"
+            )
+        load_checkpoint(engine, files.checkpoint)
+        return cls(engine, files, target, dtype)
 
     @property
     def latent_channels(self) -> int:
@@ -140,6 +145,12 @@ class VideoPipeline:
         """Pixels per latent along an edge: f."""
         return self.engine.first_stage_model.downsampling
 
+    @property
+    def size_multiple(self) -> int:
+        """Height and width that the network takes are multiples of this; others are padded."""
+        network: Any = self.engine.model.diffusion_model
+        return self.downsampling * int(network.downsampling)
+
     def settings(self, picture: Picture, options: SamplingOptions | None = None) -> Settings:
         """What a run on this picture will really do.
 
@@ -147,13 +158,12 @@ class VideoPipeline:
             ValueError: options that contradict each other or the model.
         """
         options = options or SamplingOptions()
-        native = native_size(picture.size, self.spec.height, self.spec.width)
-        settings = resolve(options, self.config, self.spec, native)
         if options.device and torch.device(options.device).type != self.device.type:
             raise ValueError(f"device is {self.device} in this pipeline, got {options.device}")
         if options.dtype and getattr(torch, options.dtype) != self.dtype:
             raise ValueError(f"dtype is {self.dtype} in this pipeline, got {options.dtype}")
-        return settings
+        decided = options.replace(device=str(self.device), dtype=self.dtype)
+        return settings_for(self.files, picture, decided)
 
     def __call__(
         self,
@@ -224,7 +234,7 @@ class VideoPipeline:
             side = min(height, width)
             picture = cut_out_object(picture, options.image_frame_ratio, side)
         pixels = fit_picture(picture, height, width, options.fit, options.background)
-        unit = self.downsampling * self.engine.model.diffusion_model.downsampling
+        unit = self.size_multiple
         pad_h, pad_w = -height % unit, -width % unit
         padding = (pad_w // 2, pad_w - pad_w // 2, pad_h // 2, pad_h - pad_h // 2)
         mode = "reflect" if max(padding) < min(height, width) else "replicate"
@@ -299,28 +309,19 @@ class VideoPipeline:
         return torch.cat(parts)
 
 
+def settings_for(files: ModelFiles, picture: Picture, options: SamplingOptions) -> Settings:
+    """What a run of a model on a picture will do; the model need not be loaded.
+
+    Raises:
+        ValueError: options that contradict each other or the model.
+    """
+    native = native_size(picture.size, files.spec.height, files.spec.width)
+    return resolve(options, files.config, files.spec, native)
+
+
 def video_seeds(options: SamplingOptions) -> list[int]:
     """The seed of each video of a picture: consecutive numbers, so each can be made alone."""
     return [(options.seed + k) % 2**63 for k in range(options.videos_per_image)]
-
-
-def find_weights(
-    spec: specs.ModelSpec, model: Config, ckpt_path: str | Path | None = None
-) -> Path:
-    """The file of a model's weights.
-
-    Raises:
-        ValueError: it is not there; what is missing is named.
-    """
-    asked = ckpt_path or (model.get("params") or {}).get("ckpt_path")
-    found = specs.find_file(Path(asked).expanduser()) if asked else spec.checkpoint
-    if found is None:
-        wanted = asked or f"checkpoints/{spec.name}.safetensors"
-        raise ValueError(
-            f"{spec.name} needs its weights at {wanted}, and there is no such file: "
-            "put it there (see checkpoints/README.md), or give --ckpt_path"
-        )
-    return found
 
 
 def _report(callback: Callback | None, progress: Progress) -> None:

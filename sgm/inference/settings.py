@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from sgm.inference.options import SamplingOptions
-from sgm.inference.specs import ModelSpec
+from sgm.inference.specs import SPECS, ModelSpec, default_spec, find_config, find_file, get_spec
 
 Config = dict[str, Any]
 
@@ -57,6 +57,68 @@ def read_config(path: str | Path) -> Config:
     if not isinstance(model, dict) or "target" not in model:
         raise ValueError(f"config {str(path)!r}: expected 'model' with a 'target' in it")
     return cast(Config, model)
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where a model comes from; nothing of it is loaded.
+
+    Attributes:
+        spec: its row in the table of models.
+        config_path: its YAML.
+        config: the ``model`` section of that.
+        checkpoint: its weights.
+    """
+
+    spec: ModelSpec
+    config_path: Path
+    config: Config
+    checkpoint: Path
+
+
+def find_model(
+    name: str | None = None,
+    config: str | Path | None = None,
+    ckpt_path: str | Path | None = None,
+) -> ModelFiles:
+    """Find the files of a named model, as :meth:`VideoPipeline.from_spec` describes.
+
+    Raises:
+        ValueError: unknown name, missing or unfit file.
+    """
+    spec = get_spec(name) if name else _spec_of(config, ckpt_path)
+    path = Path(config).expanduser() if config else find_config(spec.name)
+    model = read_config(path)
+    return ModelFiles(spec, path, model, find_weights(spec, model, ckpt_path))
+
+
+def _spec_of(*given: str | Path | None) -> ModelSpec:
+    """The row that a file's own name tells, or the default where no file is given."""
+    files = [Path(path) for path in given if path]
+    for file in files:
+        if file.stem in SPECS:
+            return SPECS[file.stem]
+    if files:
+        names = ", ".join(SPECS)
+        raise ValueError(f"{files[0].name}: say with --version which model it is ({names})")
+    return default_spec()
+
+
+def find_weights(spec: ModelSpec, model: Config, ckpt_path: str | Path | None = None) -> Path:
+    """The file of a model's weights.
+
+    Raises:
+        ValueError: it is not there; what is missing is named.
+    """
+    asked = ckpt_path or (model.get("params") or {}).get("ckpt_path")
+    found = find_file(Path(asked).expanduser()) if asked else spec.checkpoint
+    if found is None:
+        wanted = asked or f"checkpoints/{spec.name}.safetensors"
+        raise ValueError(
+            f"{spec.name} needs its weights at {wanted}, and there is no such file: "
+            "put it there (see checkpoints/README.md), or give --ckpt_path"
+        )
+    return found
 
 
 @dataclass(frozen=True)

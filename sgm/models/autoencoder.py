@@ -10,10 +10,25 @@ from typing import Any
 from torch import Tensor, nn
 
 from sgm.checkpoint import load_checkpoint
-from sgm.util import instantiate_from_config
-
+from sgm.util import instantiate_from_config, refuse_unknown
 
 Config = Mapping[str, Any]
+
+# Settings of the original trainer in published YAML files; training has its own section here.
+IGNORED = frozenset(
+    (
+        "additional_decode_keys",
+        "ckpt_engine",
+        "disc_start_iter",
+        "ema_decay",
+        "input_key",
+        "is_trainable",
+        "lr_g_factor",
+        "monitor",
+        "optimizer_config",
+        "trainable_ae_params",
+    )
+)
 KL = "sgm.modules.autoencoding.regularizers.DiagonalGaussianRegularizer"
 MODEL = "sgm.modules.diffusionmodules.model"
 
@@ -27,7 +42,10 @@ class AutoencodingEngine(nn.Module):
         regularizer_config: latent distribution.
         loss_config: training loss; ``torch.nn.Identity`` in published YAML files.
         ckpt_path: weights to load.
-        _training: optimiser and logging settings that published YAML files name.
+        ignored: settings of the original trainer that published YAML files name.
+
+    Raises:
+        ValueError: an unknown parameter, or one that a part refuses.
     """
 
     def __init__(
@@ -38,9 +56,10 @@ class AutoencodingEngine(nn.Module):
         regularizer_config: Config,
         loss_config: Config | None = None,
         ckpt_path: str | None = None,
-        **_training: Any,
+        **ignored: Any,
     ) -> None:
         super().__init__()
+        refuse_unknown(self, ignored, IGNORED)
         self.encoder = instantiate_from_config(encoder_config)
         self.decoder = instantiate_from_config(decoder_config)
         self.regularization = instantiate_from_config(regularizer_config)
@@ -57,9 +76,7 @@ class AutoencodingEngine(nn.Module):
         """(n, 3, h, w) in [-1, 1] -> (n, 2 z, h / f, w / f)."""
         return self.encoder(x)
 
-    def encode(
-        self, x: Tensor, return_reg_log: bool = False, unregularized: bool = False
-    ) -> Any:
+    def encode(self, x: Tensor, return_reg_log: bool = False, unregularized: bool = False) -> Any:
         """Encode pictures.
 
         Args:

@@ -13,9 +13,22 @@ from sgm.checkpoint import load_checkpoint
 from sgm.models.autoencoder import AutoencodingEngine
 from sgm.modules.autoencoding.temporal_ae import VideoDecoder
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
-from sgm.util import default, instantiate_from_config
+from sgm.util import default, instantiate_from_config, refuse_unknown
 
 Config = Mapping[str, Any]
+
+# Settings of the original trainer in published YAML files; training has its own section here.
+IGNORED = frozenset(
+    (
+        "ema_decay_rate",
+        "log_keys",
+        "network_wrapper",
+        "no_cond_log",
+        "optimizer_config",
+        "scheduler_config",
+        "use_ema",
+    )
+)
 
 
 class DiffusionEngine(nn.Module):
@@ -35,7 +48,10 @@ class DiffusionEngine(nn.Module):
             A video decoder sees that many frames, so the number changes its result.
         compile_model: run the U-Net through ``torch.compile``.
         input_key: entry of the training batch that holds the frames.
-        _training: settings of the original trainer that published YAML files name.
+        ignored: settings of the original trainer that published YAML files name.
+
+    Raises:
+        ValueError: an unknown parameter, or one that a part refuses.
     """
 
     def __init__(
@@ -52,9 +68,10 @@ class DiffusionEngine(nn.Module):
         en_and_decode_n_samples_a_time: int | None = None,
         compile_model: bool = False,
         input_key: str = "frames",
-        **_training: Any,
+        **ignored: Any,
     ) -> None:
         super().__init__()
+        refuse_unknown(self, ignored, IGNORED)
         self.model = OpenAIWrapper(instantiate_from_config(network_config), compile_model)
         self.denoiser = instantiate_from_config(denoiser_config)
         self.sampler = instantiate_from_config(sampler_config) if sampler_config else None

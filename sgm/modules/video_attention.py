@@ -13,7 +13,7 @@ from sgm.modules.diffusionmodules.layers import group_norm, sinusoidal_embedding
 
 
 class VideoTransformerBlock(nn.Module):
-    """Feed-forward, then self-attention, cross-attention and feed-forward over one position's frames.
+    """Feed-forward, self-attention, cross-attention, feed-forward over the frames of a position.
 
     Args:
         dim: channels.
@@ -80,7 +80,7 @@ class SpatialVideoTransformer(nn.Module):
         dropout: probability inside attention and feed-forward.
     """
 
-    def __init__(  # noqa: PLR0913 - the published hyper-parameters
+    def __init__(
         self,
         in_channels: int,
         heads: int,
@@ -100,6 +100,7 @@ class SpatialVideoTransformer(nn.Module):
         dim = heads * dim_head
         if use_spatial_context:
             time_context_dim = context_dim
+        self.in_channels = in_channels
         self.use_linear = use_linear
         self.use_spatial_context = use_spatial_context
         self.max_time_embed_period = max_time_embed_period
@@ -129,8 +130,7 @@ class SpatialVideoTransformer(nn.Module):
     def frame_positions(self, rows: int, num_frames: int, like: Tensor) -> Tensor:
         """Embedding of each row's frame number: (b t, 1, c)."""
         frames = torch.arange(num_frames, device=like.device)
-        width = self.time_pos_embed[0].in_features
-        waves = sinusoidal_embedding(frames, width, self.max_time_embed_period)
+        waves = sinusoidal_embedding(frames, self.in_channels, self.max_time_embed_period)
         table = self.time_pos_embed(waves.to(like.dtype))
         return repeat(table, "t c -> (b t) 1 c", b=rows // num_frames)
 

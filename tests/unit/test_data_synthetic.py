@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from sgm.data.motion import mean_flow, optical_flow
-from sgm.data.scene import Draw, Move, draw_shape, mean_speed, picture_plane
-from sgm.data.synthetic import PhotoCrops, SyntheticMotion
+from sgm.data.scene import Draw, Layer, Move, Shape, draw_shape, mean_speed, picture_plane
+from sgm.data.synthetic import Patch, PhotoCrops, Scene, SyntheticMotion
 from sgm.util import instantiate_from_config
 
 
@@ -170,6 +170,22 @@ def test_object_is_not_moved_by_the_camera_alone(photos):
         ratios.append(difference.item() / scene.speed)
     assert np.median(ratios) > 0.4
     assert min(ratios) > 0.02
+
+
+def test_the_outline_of_an_object_moves_with_it():
+    # A white disc of radius 9 over black, moved by (2, 1) a frame while the camera pans away.
+    # Catches an outline that stays, or that goes with the camera.
+    steps = torch.arange(6)
+    camera = Layer(torch.ones(6), steps * (1.5 - 0.5j))
+    motion = Layer(torch.ones(6), steps * -(2 + 1j))
+    disc = Shape(-4 - 3j, radius=9, turn=1, stretch=1, corners=0, wobble=0)
+    black, white = (Patch(torch.full((3, 9, 9), level), 1.0, 4.5 + 4.5j) for level in (0.0, 1.0))
+    frames = Scene(camera, black, (disc, white, motion), speed=0, fps=8).render((64, 64))
+    plane = picture_plane((64, 64))[0]
+    mass = frames.mean(1)
+    assert torch.allclose(mass.sum((1, 2)), torch.tensor(math.pi * 81), rtol=0.05)
+    middles = (mass * plane).sum((1, 2)) / mass.sum((1, 2))
+    assert torch.allclose(middles, -4 - 3j + steps * (2 + 1j), atol=0.05)
 
 
 def test_shapes_cover_a_fraction_of_the_picture():

@@ -110,11 +110,6 @@ class VideoDecoder(Decoder):
         """A last convolution over space and time."""
         return AE3DConv(c_in, c_out, self._kernel)
 
-    @property
-    def last_layer(self) -> nn.Parameter:
-        """Weight of the last temporal convolution."""
-        return self.conv_out.time_mix_conv.weight
-
     def forward(self, z: Tensor, timesteps: int, skip_video: bool = False) -> Tensor:  # type: ignore[override]
         """(b t, z, h / f, w / f) -> (b t, 3, h, w), about [-1, 1].
 

@@ -63,13 +63,15 @@ class TemporalConv3d(nn.Conv3d):
     """
 
     def __init__(self, c_in: int, c_out: int, kernel_size: tuple[int, int, int]) -> None:
-        super().__init__(c_in, c_out, kernel_size, padding=tuple(k // 2 for k in kernel_size))
+        t, h, w = kernel_size
+        super().__init__(c_in, c_out, kernel_size, padding=(t // 2, h // 2, w // 2))
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, c_in, t, h, w) -> (b, c_out, t, h, w)."""
         if self.kernel_size[1:] != (1, 1):
             return super().forward(x)
-        out = F.conv2d(x.flatten(3), self.weight[..., 0], self.bias, padding=(self.padding[0], 0))
+        margin = self.kernel_size[0] // 2
+        out = F.conv2d(x.flatten(3), self.weight[..., 0], self.bias, padding=(margin, 0))
         return out.unflatten(3, x.shape[3:])
 
 

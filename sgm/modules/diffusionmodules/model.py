@@ -12,7 +12,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sgm.modules.diffusionmodules.layers import Upsample, group_norm
+from sgm.util import refuse_unknown
 
+# Fields of published YAML files that decide nothing in a network without attention resolutions.
+IGNORED = frozenset(("double_z", "in_channels", "out_ch", "resolution", "tanh_out"))
 ATTENTION_TYPES = ("vanilla", "vanilla-xformers", "none")
 
 
@@ -68,21 +71,30 @@ class Downsample(nn.Module):
 
 
 class _Middle(nn.Module):
-    """Residual block, attention, residual block."""
+    """Residual block, attention, residual block; ``temporal`` goes to the residual blocks."""
 
     def __init__(self, block_1: nn.Module, attn_1: nn.Module, block_2: nn.Module) -> None:
         super().__init__()
         self.block_1, self.attn_1, self.block_2 = block_1, attn_1, block_2
 
+    def forward(self, h: Tensor, **temporal: Any) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(h, **temporal)), **temporal)
+
 
 class _Level(nn.Module):
-    """The residual blocks of one resolution and the step to the next."""
+    """The residual blocks of one resolution, then the step to the next (published name)."""
 
-    def __init__(self, blocks: list[nn.Module], **step: nn.Module) -> None:
+    def __init__(self, blocks: list[nn.Module], step_name: str, step: nn.Module | None) -> None:
         super().__init__()
         self.block = nn.ModuleList(blocks)
-        for name, module in step.items():
-            self.add_module(name, module)
+        self.step_name = step_name
+        self.add_module(step_name, step)
+
+    def forward(self, h: Tensor, **temporal: Any) -> Tensor:
+        for block in self.block:
+            h = block(h, **temporal)
+        step = getattr(self, self.step_name)
+        return h if step is None else step(h)
 
 
 def _check(attn_type: str, attn_resolutions: Sequence[int]) -> None:
@@ -110,10 +122,11 @@ class Encoder(nn.Module):
         dropout: probability inside residual blocks.
         attn_type: ``vanilla`` (``vanilla-xformers`` is the same) or ``none``.
         attn_resolutions: must be empty; named in published YAML files.
-        _unused: ``resolution``, ``out_ch`` and others that published YAML files name.
+        ignored: fields of published YAML files that have no effect here.
 
     Raises:
-        ValueError: an attention type or resolution outside the published ones.
+        ValueError: an attention type or resolution outside the published ones, or an unknown
+            parameter.
     """
 
     def __init__(
@@ -128,9 +141,10 @@ class Encoder(nn.Module):
         dropout: float = 0.0,
         attn_type: str = "vanilla",
         attn_resolutions: Sequence[int] = (),
-        **_unused: Any,
+        **ignored: Any,
     ) -> None:
         super().__init__()
+        refuse_unknown(self, ignored, IGNORED)
         _check(attn_type, attn_resolutions)
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
         self.down = nn.ModuleList()
@@ -141,7 +155,7 @@ class Encoder(nn.Module):
                 blocks.append(ResnetBlock(c, ch * mult, dropout))
                 c = ch * mult
             last = level == len(ch_mult) - 1
-            self.down.append(_Level(blocks, **({} if last else {"downsample": Downsample(c)})))
+            self.down.append(_Level(blocks, "downsample", None if last else Downsample(c)))
         self.mid = _Middle(
             ResnetBlock(c, c, dropout),
             nn.Identity() if attn_type == "none" else AttnBlock(c),
@@ -154,12 +168,8 @@ class Encoder(nn.Module):
         """(n, 3, h, w) in [-1, 1] -> (n, 2 z, h / f, w / f), mean first, then log-variance."""
         h = self.conv_in(x)
         for level in self.down:
-            for block in level.block:
-                h = block(h)
-            if hasattr(level, "downsample"):
-                h = level.downsample(h)
-        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
-        return self.conv_out(F.silu(self.norm_out(h)))
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
 class Decoder(nn.Module):
@@ -185,9 +195,10 @@ class Decoder(nn.Module):
         attn_type: str = "vanilla",
         attn_resolutions: Sequence[int] = (),
         tanh_out: bool = False,
-        **_unused: Any,
+        **ignored: Any,
     ) -> None:
         super().__init__()
+        refuse_unknown(self, ignored, IGNORED)
         _check(attn_type, attn_resolutions)
         self.tanh_out = tanh_out
         c = ch * ch_mult[-1]
@@ -203,7 +214,7 @@ class Decoder(nn.Module):
             for _ in range(num_res_blocks + 1):
                 blocks.append(self.make_block(c, ch * mult, dropout))
                 c = ch * mult
-            levels.append(_Level(blocks, **({} if level == 0 else {"upsample": Upsample(c)})))
+            levels.append(_Level(blocks, "upsample", None if level == 0 else Upsample(c)))
         self.up = nn.ModuleList(reversed(levels))
         self.norm_out = group_norm(c)
         self.conv_out = self.make_conv_out(c, out_ch)
@@ -216,24 +227,13 @@ class Decoder(nn.Module):
         """The last convolution of this decoder."""
         return nn.Conv2d(c_in, c_out, 3, padding=1)
 
-    @property
-    def last_layer(self) -> nn.Parameter:
-        """Weight of the last layer, by which adaptive loss weights are measured."""
-        return self.conv_out.weight
-
     def forward(self, z: Tensor, **temporal: Any) -> Tensor:
         """(n, z, h / f, w / f) -> (n, 3, h, w), about [-1, 1].
 
         ``temporal`` goes to every residual block and to the last convolution.
         """
-        h = self.conv_in(z)
-        h = self.mid.block_1(h, **temporal)
-        h = self.mid.attn_1(h)
-        h = self.mid.block_2(h, **temporal)
+        h = self.mid(self.conv_in(z), **temporal)
         for level in reversed(self.up):
-            for block in level.block:
-                h = block(h, **temporal)
-            if hasattr(level, "upsample"):
-                h = level.upsample(h)
+            h = level(h, **temporal)
         h = self.conv_out(F.silu(self.norm_out(h)), **temporal)
         return h.tanh() if self.tanh_out else h

@@ -72,52 +72,63 @@ def plan_unet(
     levels = len(channel_mult)
     depths = _per_level("transformer_depth", transformer_depth, levels)
     res_blocks = _per_level("num_res_blocks", num_res_blocks, levels)
-    if (num_heads == -1) == (num_head_channels == -1):
-        raise ValueError(
-            f"expected one of num_heads and num_head_channels, "
-            f"got {num_heads} and {num_head_channels}"
-        )
+    widths = [mult * model_channels for mult in channel_mult]
+    attention = _Attention(num_heads, num_head_channels)
 
-    def attention(channels: int, depth: int) -> Layer:
-        heads = num_heads if num_head_channels == -1 else channels // num_head_channels
-        if heads < 1 or channels % heads or num_head_channels not in (-1, channels // heads):
-            raise ValueError(
-                f"{channels} channels do not divide into heads "
-                f"(num_heads {num_heads}, num_head_channels {num_head_channels})"
-            )
-        return Layer("attention", channels, channels, depth, heads)
-
-    def layers(c_in: int, c_out: int, level: int) -> list[Layer]:
-        block = [Layer("res", c_in, c_out)]
+    def layers(c_in: int, level: int) -> list[Layer]:
+        block = [Layer("res", c_in, widths[level])]
         if 2**level in attention_resolutions:
-            block.append(attention(c_out, depths[level]))
+            block.append(attention(widths[level], depths[level]))
         return block
 
-    channels = model_channels
-    blocks: list[Block] = [(Layer("conv", in_channels, channels),)]
-    skips = [channels]
-    for level, mult in enumerate(channel_mult):
+    inputs: list[Block] = [(Layer("conv", in_channels, model_channels),)]
+    for level, width in enumerate(widths):
         for _ in range(res_blocks[level]):
-            blocks.append(tuple(layers(channels, mult * model_channels, level)))
-            channels = mult * model_channels
-            skips.append(channels)
+            inputs.append(tuple(layers(inputs[-1][-1].c_out, level)))
         if level < levels - 1:
-            blocks.append((Layer("down", channels, channels),))
-            skips.append(channels)
+            inputs.append((Layer("down", width, width),))
 
+    channels = widths[-1]
     depth = depths[-1] if transformer_depth_middle is None else transformer_depth_middle
     res = Layer("res", channels, channels)
     middle = (res, attention(channels, depth), res)
 
+    skips = [block[-1].c_out for block in inputs]
     outputs: list[Block] = []
-    for level, mult in reversed(list(enumerate(channel_mult))):
-        for i in range(res_blocks[level] + 1):
-            block = layers(channels + skips.pop(), mult * model_channels, level)
-            channels = mult * model_channels
-            if level > 0 and i == res_blocks[level]:
-                block.append(Layer("up", channels, channels))
-            outputs.append(tuple(block))
-    return UNetPlan(tuple(blocks), middle, tuple(outputs), channels)
+    for level in reversed(range(levels)):
+        for _ in range(res_blocks[level] + 1):
+            outputs.append(tuple(layers(channels + skips.pop(), level)))
+            channels = widths[level]
+        if level > 0:
+            outputs[-1] += (Layer("up", channels, channels),)
+    return UNetPlan(tuple(inputs), middle, tuple(outputs), channels)
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """Makes attention layers from the one of two numbers that is given."""
+
+    num_heads: int
+    num_head_channels: int
+
+    def __post_init__(self) -> None:
+        if (self.num_heads == -1) == (self.num_head_channels == -1):
+            raise ValueError(
+                f"expected one of num_heads and num_head_channels, "
+                f"got {self.num_heads} and {self.num_head_channels}"
+            )
+
+    def __call__(self, channels: int, depth: int) -> Layer:
+        by_width = self.num_heads == -1
+        divisor = self.num_head_channels if by_width else self.num_heads
+        if divisor < 1 or channels % divisor:
+            raise ValueError(
+                f"{channels} channels do not divide into heads "
+                f"(num_heads {self.num_heads}, num_head_channels {self.num_head_channels})"
+            )
+        return Layer(
+            "attention", channels, channels, depth, channels // divisor if by_width else divisor
+        )
 
 
 def _per_level(name: str, value: int | Sequence[int], levels: int) -> list[int]:

@@ -189,18 +189,13 @@ class VideoUNet(nn.Module):
         Returns:
             (b t, out_channels, h, w).
         """
-        shared = {
-            "emb": self.embed(timesteps, y, x.dtype),
-            "context": context,
-            "time_context": time_context,
-            "num_frames": num_video_frames,
-            "image_only_indicator": image_only_indicator,
-        }
+        emb = self.embed(timesteps, y, x.dtype)
+        shared = (emb, context, time_context, num_video_frames, image_only_indicator)
 
         def run(block: nn.Module, h: Tensor) -> Tensor:
             if self.use_checkpoint and self.training and torch.is_grad_enabled():
-                return checkpoint(block, h, use_reentrant=False, **shared)
-            return block(h, **shared)
+                return checkpoint(block, h, *shared, use_reentrant=False)
+            return block(h, *shared)
 
         h, skips = x, []
         for block in self.input_blocks:
@@ -247,9 +242,7 @@ def _build_layer(layer: Layer, residual: dict[str, Any], attention: dict[str, An
             return VideoResBlock(layer.c_in, layer.c_out, **residual)
         case "attention":
             width = layer.c_in // layer.heads
-            return SpatialVideoTransformer(
-                layer.c_in, layer.heads, width, layer.depth, **attention
-            )
+            return SpatialVideoTransformer(layer.c_in, layer.heads, width, layer.depth, **attention)
 
 
 def _embedding_mlp(c_in: int, c_out: int) -> nn.Sequential:

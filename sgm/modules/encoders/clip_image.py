@@ -6,13 +6,25 @@ Shapes: n pictures, b clips, d width of the embedding.
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from sgm.modules.encoders.resize import antialiased_resize
-from sgm.util import instantiate_from_config
+from sgm.util import instantiate_from_config, refuse_unknown
 
+# Fields of published YAML files: where weights came from, and what the text side would need.
+IGNORED = frozenset(
+    (
+        "device",
+        "init_device",
+        "max_length",
+        "num_image_crops",
+        "output_tokens",
+        "repeat_to_max_len",
+        "ucg_rate",
+        "version",
+    )
+)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -23,6 +35,10 @@ class ImageTower(nn.Module):
     def __init__(self, visual: nn.Module) -> None:
         super().__init__()
         self.visual = visual
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(n, 3, size, size), normalised -> (n, d)."""
+        return self.visual(pixels)
 
 
 class FrozenOpenCLIPImageEmbedder(nn.Module):
@@ -37,10 +53,10 @@ class FrozenOpenCLIPImageEmbedder(nn.Module):
         freeze: keep the weights fixed in training.
         antialias: must be true, as in every published model.
         unsqueeze_dim: give (n, 1, d).
-        _unused: ``version``, ``device``, ``init_device`` and others of published YAML files.
+        ignored: ``version``, ``device``, ``init_device`` and others of published YAML files.
 
     Raises:
-        ValueError: unknown architecture, or one that is no plain vision transformer.
+        ValueError: an unknown parameter, or an architecture that is no plain vision transformer.
     """
 
     def __init__(
@@ -49,26 +65,28 @@ class FrozenOpenCLIPImageEmbedder(nn.Module):
         freeze: bool = True,
         antialias: bool = True,
         unsqueeze_dim: bool = False,
-        **_unused: Any,
+        **ignored: Any,
     ) -> None:
         super().__init__()
+        refuse_unknown(self, ignored, IGNORED)
         if not antialias:
             raise ValueError("antialias: expected true, as in every published model; got false")
-        self.model = ImageTower(_build_tower(arch))
+        visual, self.size = _build_tower(arch)
+        self.model = ImageTower(visual)
         self.unsqueeze_dim = unsqueeze_dim
         if freeze:
             self.requires_grad_(False)
 
     def preprocess(self, x: Tensor) -> Tensor:
         """(n, 3, h, w) in [-1, 1] -> normalised pictures of the tower's size."""
-        x = antialiased_resize(x, *self.model.visual.image_size)
+        x = antialiased_resize(x, self.size, self.size)
         mean, std = (x.new_tensor(v)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
         return ((x + 1) / 2 - mean) / std
 
     def forward(self, image: Tensor) -> Tensor:
         """(n, 3, h, w) in [-1, 1] -> (n, d), in the type of ``image``."""
-        pixels = self.preprocess(image).to(self.model.visual.conv1.weight.dtype)
-        z = self.model.visual(pixels).to(image.dtype)
+        pixels = self.preprocess(image).to(next(self.model.parameters()).dtype)
+        z = self.model(pixels).to(image.dtype)
         return z[:, None] if self.unsqueeze_dim else z
 
 
@@ -95,7 +113,8 @@ class FrozenOpenCLIPImagePredictionEmbedder(nn.Module):
         return repeat(tokens, "b k d -> (b copies) k d", copies=self.n_copies)
 
 
-def _build_tower(arch: str | Mapping[str, Any]) -> nn.Module:
+def _build_tower(arch: str | Mapping[str, Any]) -> tuple[nn.Module, int]:
+    """The tower and the side of its square input in pixels."""
     import open_clip
     from open_clip.transformer import VisionTransformer
 
@@ -106,7 +125,7 @@ def _build_tower(arch: str | Mapping[str, Any]) -> nn.Module:
     if vision.timm_model_name or isinstance(vision.layers, (tuple, list)):
         raise ValueError(f"arch: expected a plain vision transformer, got {arch!r}")
     quick = config.get("quick_gelu", False)
-    return VisionTransformer(
+    tower = VisionTransformer(
         image_size=vision.image_size,
         patch_size=vision.patch_size,
         width=vision.width,
@@ -114,5 +133,6 @@ def _build_tower(arch: str | Mapping[str, Any]) -> nn.Module:
         heads=vision.width // vision.head_width,
         mlp_ratio=vision.mlp_ratio,
         output_dim=config["embed_dim"],
-        act_layer=open_clip.transformer.QuickGELU if quick else torch.nn.GELU,
+        act_layer=open_clip.transformer.QuickGELU if quick else nn.GELU,
     )
+    return tower, vision.image_size

@@ -1,0 +1,201 @@
+"""Tensors of a file into a model, strictly, without a copy.
+
+A model built under ``torch.device("meta")`` has no memory; its parameters become views of the
+mapped file. What no file holds (non-persistent buffers) must be built with an explicit device, as
+``torch.tensor(values, device="cpu")``, which the meta context leaves alone.
+"""
+
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sgm.checkpoint.identify import identify
+from sgm.checkpoint.reading import read_state_dict
+
+logger = logging.getLogger(__name__)
+
+_LISTED = 3  # keys of each kind that an error names
+
+# Training wraps the engine; parallel and compiled training wrap it again.
+_WRAPPERS = re.compile(r"^((engine|module|_forward_module|_orig_mod)\.)+")
+
+# Belongs to training or is computed: may be in the file or not, may be in the model or not.
+_NOT_WEIGHTS = re.compile(
+    r"(^|\.)(model_ema|loss|loss_fn)\."
+    r"|(^|\.)(attn_mask|attention_mask)$"
+    r"|^denoiser\.(log_)?sigmas$"
+    # CLIP's text side; the image embedder builds the picture's side alone.
+    r"|(^|\.)model\.(positional_embedding|text_projection|logit_scale|token_embedding\.weight"
+    r"|ln_final\.(weight|bias))$"
+)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """How the tensors of a file fit a model.
+
+    Attributes:
+        path: the file.
+        loaded: keys taken from the file, in the model's order.
+        missing: keys of the model that the file lacks and should have.
+        unexpected: keys of the file that the model lacks.
+        mismatched: (key, shape in the file, shape in the model).
+        ignored: keys of the file that are not used, by name.
+        dtype: the type of most values of the file; None for a file of empty tensors.
+        file_models: what `identify` makes of the file.
+        model_models: what `identify` makes of the model.
+    """
+
+    path: Path
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+    ignored: tuple[str, ...]
+    dtype: torch.dtype | None
+    file_models: tuple[str, ...]
+    model_models: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether every key of the one side has its match on the other."""
+        return not (self.missing or self.unexpected or self.mismatched)
+
+    def describe(self) -> str:
+        """Say in one line what does not fit, and which model the file looks like."""
+        shapes = [
+            f"{key}: {list(ours)} in the file, {list(theirs)} in the model"
+            for key, ours, theirs in self.mismatched
+        ]
+        counts = (
+            _count(self.missing, "missing"),
+            _count(self.unexpected, "unexpected"),
+            _count(shapes, "of another shape"),
+        )
+        faults = "; ".join(count for count in counts if count)
+        return f"{self.path} does not fit the model: {faults}. {self._resemblance()}"
+
+    def _resemblance(self) -> str:
+        known = _either(self.file_models)
+        if not known:
+            return "The file looks like no model known here."
+        if self.file_models == self.model_models:
+            return f"The file looks like {known}, as it should: it is incomplete or was changed."
+        model = _either(self.model_models) or "another"
+        return f"The file looks like {known}, the model is {model}: change the one or the other."
+
+
+def load_checkpoint(
+    model: nn.Module,
+    path: str | PathLike[str],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> LoadReport:
+    """Give ``model`` the weights of a file: all of them, and no others.
+
+    Parameters and buffers are replaced (``requires_grad`` is kept), so make optimizers afterwards.
+    Without ``dtype`` and ``device`` they are views of the mapped file, read when first used.
+
+    Args:
+        model: on any device; the cheapest is meta.
+        path: a file for `read_state_dict`, in the native layout, from training or published.
+        dtype: the type for floating-point weights, converted one by one; None keeps the file's.
+        device: where the model goes, one tensor at a time; None leaves the weights on the CPU.
+
+    Returns:
+        The report; its ``ignored`` tells which keys of the file are not used.
+
+    Raises:
+        ValueError: the file cannot be read, does not fit the model, or leaves a part of it on meta.
+    """
+    path = Path(path)
+    tensors = _unwrapped(read_state_dict(path), path)
+    report = compare(model, tensors, path)
+    if not report.fits:
+        raise ValueError(report.describe())
+    placed = {key: _place(tensors[key], dtype, device) for key in report.loaded}
+    model.load_state_dict(model.state_dict() | placed, strict=True, assign=True)
+    _require_material(model, path)
+    if device is not None:
+        model.to(device)
+    logger.info("%s: %d tensors, %d ignored", path, len(report.loaded), len(report.ignored))
+    return report
+
+
+def compare(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> LoadReport:
+    """Match ``tensors``, named as in the native layout, with the state dict of ``model``.
+
+    Args:
+        model: on any device, meta included.
+        tensors: the weights by key.
+        path: where they come from, for the report.
+    """
+    wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    extra = [key for key in found if key not in wanted]
+    return LoadReport(
+        path=path,
+        loaded=tuple(key for key in wanted if key in found),
+        missing=tuple(key for key in wanted if key not in found and not _NOT_WEIGHTS.search(key)),
+        unexpected=tuple(key for key in extra if not _NOT_WEIGHTS.search(key)),
+        mismatched=tuple(
+            (key, found[key], shape)
+            for key, shape in wanted.items()
+            if found.get(key, shape) != shape
+        ),
+        ignored=tuple(key for key in extra if _NOT_WEIGHTS.search(key)),
+        dtype=_main_dtype(tensors.values()),
+        file_models=identify(found),
+        model_models=identify(wanted),
+    )
+
+
+def _unwrapped(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Take the prefixes of training wrappers off the keys."""
+    native = {_WRAPPERS.sub("", key): tensor for key, tensor in tensors.items()}
+    if len(native) < len(tensors):
+        raise ValueError(f"{path} holds some weights twice, with and without a wrapper's prefix")
+    return native
+
+
+def _place(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
+    """Move first and convert there: the device is the faster one."""
+    if device is not None:
+        tensor = tensor.to(device)
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def _require_material(model: nn.Module, path: Path) -> None:
+    named = (*model.named_parameters(), *model.named_buffers())
+    empty = [name for name, tensor in named if tensor.is_meta]
+    if empty:
+        raise ValueError(
+            f"{path} leaves {_count(empty, 'without values')}: build non-persistent buffers with "
+            "an explicit device, and parts that no file holds outside the meta device"
+        )
+
+
+def _main_dtype(tensors: Iterable[Tensor]) -> torch.dtype | None:
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in tensors:
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+    return max(sizes, key=sizes.__getitem__, default=None)
+
+
+def _count(items: Sequence[str], state: str) -> str:
+    if not items:
+        return ""
+    more = ", ..." if len(items) > _LISTED else ""
+    noun = "key" if len(items) == 1 else "keys"
+    return f"{len(items)} {noun} {state} ({', '.join(items[:_LISTED])}{more})"
+
+
+def _either(names: Sequence[str]) -> str:
+    *head, last = names or ("",)
+    return f"{', '.join(head)} or {last}" if head else last

@@ -1,0 +1,222 @@
+"""Many pictures, one model: numbered files, each with its record beside it.
+
+What can be refused is refused by :func:`plan_job`, before anything large is loaded; one bad picture
+does not end the run.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import TYPE_CHECKING
+
+from sgm.inference import record
+from sgm.inference.files import expand_inputs, next_output_path
+from sgm.inference.flags import OUTPUT_FOLDER, SAMPLE_PICTURE, Request, to_options
+from sgm.inference.settings import ModelFiles, Settings, find_model, resolve
+from sgm.inference.specs import find_file
+
+if TYPE_CHECKING:
+    from sgm.inference.pictures import Picture
+    from sgm.inference.pipeline import Callback, VideoPipeline
+
+logger = logging.getLogger(__name__)
+
+Sha256 = Callable[[], str]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Work that can begin.
+
+    Attributes:
+        files: the model.
+        settings: of a picture in the model's own orientation; device and type are decided.
+        inputs: the pictures.
+        folder: where the videos go.
+        format: mp4, gif, webp or png.
+        request: what it was made from, options included.
+    """
+
+    files: ModelFiles
+    settings: Settings
+    inputs: list[Path | str]
+    folder: Path
+    format: str
+    request: Request
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one video, or of all videos of a bad picture.
+
+    Attributes:
+        source: the picture.
+        path: the video; None where it failed.
+        seconds: that it took; None where it was there already.
+        error: what went wrong, where it failed.
+    """
+
+    source: Path | str
+    path: Path | None = None
+    seconds: float | None = None
+    error: Exception | None = None
+
+
+def plan_job(request: Request) -> Job:
+    """Decide everything, and refuse what is impossible.
+
+    Raises:
+        ValueError: in one line.
+    """
+    if request.repeat is None:
+        return _plan(request)
+    earlier = record.read_record(request.repeat)
+    job = _plan(record.repeat_request(request, earlier))
+    with record.background_sha256(job.files.checkpoint) as checkpoint_sha256:
+        record.refuse_changes(request, earlier, job.files, checkpoint_sha256)
+    return job
+
+
+def make_videos(
+    job: Job, load: Callable[[Job], "VideoPipeline"], callback: "Callback | None" = None
+) -> Iterator[Outcome]:
+    """Make the videos one by one, in the order of the inputs; a bad picture is passed over.
+
+    Args:
+        job: the work.
+        load: gives the pipeline; called when the first video has to be made, if any has.
+        callback: as the pipeline's.
+
+    Yields:
+        What became of each video, as soon as it is known.
+    """
+    finished = record.finished_runs(job.folder) if job.request.resume else []
+    pipeline: VideoPipeline | None = None
+    with record.background_sha256(job.files.checkpoint) as checkpoint_sha256:
+        for source in job.inputs:
+            try:
+                runs = list(_runs(job, source))
+            except (ValueError, OSError) as error:
+                yield Outcome(source, error=error)
+                continue
+            for run in runs:
+                path = record.find_run(run.described, finished, checkpoint_sha256)
+                if path is not None:
+                    yield Outcome(source, path)
+                    continue
+                pipeline = pipeline or load(job)
+                yield _make(run, job, pipeline, callback, checkpoint_sha256)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One video to make."""
+
+    source: Path | str
+    picture: "Picture"
+    settings: Settings
+    described: record.Record
+
+
+def _plan(request: Request) -> Job:
+    options = to_options(request)
+    files = find_model(request.version, request.config, request.ckpt_path)
+    inputs = expand_inputs(request.input_path or (find_file(SAMPLE_PICTURE) or SAMPLE_PICTURE,))
+    settings = resolve(options, files.config, files.spec, (files.spec.height, files.spec.width))
+
+    from sgm.inference import memory  # only now: PyTorch takes longer than all of the above
+    from sgm.inference.videos import check_video_size
+
+    format = request.format or "mp4"
+    check_video_size(format, *settings.size)
+    device = memory.parse_device(options.device) if options.device else memory.default_device()
+    dtype = options.dtype or memory.default_dtype(device)
+    decided = {"device": str(device), "dtype": dtype}
+    return Job(
+        files,
+        replace(settings, options=settings.options.replace(**decided)),
+        inputs,
+        _output_folder(Path(request.output_folder or OUTPUT_FOLDER / files.spec.name)),
+        format,
+        replace(request, options=request.options | decided),
+    )
+
+
+def _output_folder(folder: Path) -> Path:
+    """The folder, made if absent.
+
+    Raises:
+        ValueError: nothing can be written there.
+    """
+    folder = folder.expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"output_folder {str(folder)!r}: {error.strerror}") from error
+    return folder
+
+
+def _runs(job: Job, source: Path | str) -> Iterator[_Run]:
+    """The videos of one picture.
+
+    Raises:
+        ValueError: the picture cannot be read.
+        OSError: the same.
+    """
+    from sgm.inference.pictures import load_picture
+    from sgm.inference.pipeline import settings_for, video_seeds
+
+    picture = load_picture(source)
+    found = record.describe_input(source, picture)
+    options = to_options(job.request)
+    for seed in video_seeds(options):
+        settings = settings_for(job.files, picture, options.replace(seed=seed, videos_per_image=1))
+        described = record.describe_run(job.files, settings, found, job.format)
+        yield _Run(source, picture, settings, described)
+
+
+def _make(
+    run: _Run,
+    job: Job,
+    pipeline: "VideoPipeline",
+    callback: "Callback | None",
+    checkpoint_sha256: Sha256,
+) -> Outcome:
+    import torch
+
+    from sgm.inference.memory import device_name
+
+    began = time.monotonic()
+    try:
+        video = pipeline(run.picture, run.settings.options, callback=callback)
+        with next_output_path(job.folder, "" if job.format == "png" else f".{job.format}") as path:
+            made = {
+                "video": path.name,
+                "seconds": round(time.monotonic() - began, 2),
+                "made_with": record.describe_machine(device_name(pipeline.device)),
+            }
+            complete = record.with_checkpoint(run.described, checkpoint_sha256()) | made
+            with _text_beside(path.with_suffix(".json"), json.dumps(complete, indent=2)):
+                video.save(path)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        logger.debug("%s failed", run.source, exc_info=True)
+        return Outcome(run.source, error=error)
+    return Outcome(run.source, path, time.monotonic() - began)
+
+
+@contextmanager
+def _text_beside(path: Path, text: str) -> Iterator[None]:
+    """Write a text that appears under its name when the block has succeeded."""
+    unfinished = path.with_name(f".{path.name}.part")
+    try:
+        unfinished.write_text(text + "\n", encoding="utf-8")
+        yield
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

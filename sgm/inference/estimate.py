@@ -1,0 +1,128 @@
+"""How long a run will take, told before a model is loaded.
+
+The multiplications of the networks are counted on the meta device, where nothing is computed, and
+divided by the rate at which the device multiplies matrices. Image encoders (two passes over one
+picture), sampler arithmetic and writing the file are left out: a few per cent of a long run.
+
+Shapes: t frames, z latent channels, f downsampling factor, h height, w width, d context width.
+"""
+
+import time
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sgm.inference.settings import GUIDER_TARGETS, SAMPLER_TARGETS, ModelFiles, Settings
+from sgm.modules.autoencoding.temporal_ae import VideoDecoder
+from sgm.util import instantiate_from_config
+
+# Share of the rate of large matrix products that whole networks reach: convolutions, normalisation
+# and attention are slower. Between 0.3 and 0.7 on the CPUs and GPUs tried.
+EFFICIENCY = 0.5
+BENCHMARK_SECONDS = 0.2
+READ_SAMPLE = 16 << 20  # bytes
+
+_CALLS_PER_STEP = {SAMPLER_TARGETS["heun"]: 2, SAMPLER_TARGETS["dpmpp_2s_ancestral"]: 2}
+
+
+def estimate_seconds(files: ModelFiles, settings: Settings) -> float:
+    """Seconds that one video will take on the device and in the type of ``settings``."""
+    device, dtype = torch.device(str(settings.options.device)), _dtype(settings)
+    first_stage_dtype = torch.float32 if dtype == torch.float16 else dtype
+    network, decoder = count_flops(files, settings)
+    rates = {each: matmul_rate(device, each) for each in {dtype, first_stage_dtype}}
+    return (network / rates[dtype] + decoder / rates[first_stage_dtype]) / EFFICIENCY
+
+
+def count_flops(files: ModelFiles, settings: Settings) -> tuple[float, float]:
+    """Floating-point operations of all calls of the U-Net, and of the decoder, for one video.
+
+    A multiplication and its addition count as two. Takes about a second, whatever the size.
+    """
+    params = files.config["params"]
+    with torch.device("meta"), torch.inference_mode():
+        network = instantiate_from_config(params["network_config"]).eval()
+        first_stage = instantiate_from_config(params["first_stage_config"]).eval()
+        per_call = _network_flops(network, first_stage, params["network_config"], settings)
+        decoding = _decoder_flops(first_stage, network, settings)
+    return per_call * network_calls(settings), decoding
+
+
+def network_calls(settings: Settings) -> int:
+    """How often the U-Net sees a whole clip: steps, times solver stages, times guidance halves."""
+    sampler = settings.sampler_config
+    guider = (sampler["params"].get("guider_config") or {}).get("target")
+    halves = 1 if guider in (None, GUIDER_TARGETS["none"]) else 2
+    steps = settings.options.num_steps or 0
+    return steps * _CALLS_PER_STEP.get(sampler["target"], 1) * halves
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Measure the floating-point operations per second of large matrix products."""
+    size = 768 if device.type == "cpu" else 8192
+    matrix = torch.ones(size, size, device=device, dtype=dtype)
+    fastest = float("inf")
+    end = time.perf_counter() + BENCHMARK_SECONDS
+    while (began := time.perf_counter()) < end:
+        (matrix @ matrix)[0, 0].item()  # waits for the device
+        fastest = min(fastest, time.perf_counter() - began)
+    return 2 * size**3 / fastest
+
+
+def reading_seconds(path: Path) -> float:
+    """Seconds to read a file, from how long its middle takes."""
+    size = path.stat().st_size
+    with path.open("rb", buffering=0) as file:
+        file.seek(max(0, size - READ_SAMPLE) // 2)
+        began = time.perf_counter()
+        read = len(file.read(READ_SAMPLE))
+        return (time.perf_counter() - began) * size / max(1, read)
+
+
+def _network_flops(
+    network: Any, first_stage: Any, config: dict[str, Any], settings: Settings
+) -> float:
+    t, params = settings.frames, config["params"]
+    h, w = _latent_size(network, first_stage, settings)
+    x = torch.empty(t, params["in_channels"], h, w)
+    context = torch.empty(t, 1, params["context_dim"])
+    vector = torch.empty(t, params["adm_in_channels"]) if params.get("num_classes") else None
+    with FlopCounterMode(display=False) as counter:
+        network(
+            x,
+            torch.empty(t),
+            context,
+            vector,
+            num_video_frames=t,
+            image_only_indicator=torch.zeros(1, t),
+        )
+    return counter.get_total_flops()
+
+
+def _decoder_flops(first_stage: Any, network: nn.Module, settings: Settings) -> float:
+    t = settings.frames
+    chunk = min(t, settings.options.decoding_t or t)
+    z = first_stage.decoder.conv_in.in_channels
+    timesteps = {"timesteps": chunk} if isinstance(first_stage.decoder, VideoDecoder) else {}
+    latents = torch.empty(chunk, z, *_latent_size(network, first_stage, settings))
+    with FlopCounterMode(display=False) as counter:
+        first_stage.decode(latents, **timesteps)
+    return counter.get_total_flops() * t / chunk
+
+
+def _latent_size(network: Any, first_stage: Any, settings: Settings) -> tuple[int, int]:
+    """Height and width of the latents, padded to what the network halves."""
+    h, w = (
+        ceil(side / first_stage.downsampling / network.downsampling) * network.downsampling
+        for side in settings.size
+    )
+    return h, w
+
+
+def _dtype(settings: Settings) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, str(settings.options.dtype))
+    return dtype

@@ -1,0 +1,58 @@
+"""A line that says how far a run is and how long it will still take."""
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from sgm.inference.pipeline import Progress
+
+WIDTH = 78
+
+
+def duration(seconds: float) -> str:
+    """A span of time in words, such as ``40 s``, ``3 min`` or ``4.5 h``."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
+    if seconds < 99.5 * 60:
+        return f"{seconds / 60:.0f} min"
+    hours = seconds / 3600
+    return f"{hours:.0f} h" if hours >= 9.95 else f"{hours:.1f} h"
+
+
+class ProgressLine:
+    """The last line of a terminal, rewritten after each step; a callback of the pipeline.
+
+    Args:
+        stream: the terminal.
+        clock: seconds.
+    """
+
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        self.title = ""
+        self._stream, self._clock = stream, clock
+        self._stage, self._began, self._last = "", clock(), clock()
+
+    def __call__(self, progress: "Progress") -> None:
+        """Show where the run stands; the stage's steps so far tell the remaining time."""
+        now = self._clock()
+        if progress.stage != self._stage:
+            # Sampling first reports after a step: it began where the stage before it ended.
+            self._stage, self._began = progress.stage, self._last if progress.step else now
+        self._last = now
+        text = f"{progress.stage} {progress.step}/{progress.total}"
+        if 0 < progress.step < progress.total:
+            left = (now - self._began) / progress.step * (progress.total - progress.step)
+            text += f", {duration(left)} left"
+        self.show(text)
+
+    def show(self, text: str) -> None:
+        """Replace the line."""
+        line = f"{self.title}: {text}" if self.title else text
+        self._stream.write(f"\r{line[:WIDTH]:<{WIDTH}}")
+        self._stream.flush()
+
+    def clear(self) -> None:
+        """Take the line away, for other text."""
+        self._stream.write(f"\r{'':{WIDTH}}\r")
+        self._stream.flush()

@@ -1,0 +1,200 @@
+"""The JSON beside a video: everything that made it, enough to make it again."""
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING, Any, cast
+
+import sgm
+from sgm.inference.files import is_address
+from sgm.inference.flags import Request
+from sgm.inference.settings import ModelFiles, Settings
+
+if TYPE_CHECKING:
+    from sgm.inference.pictures import Picture
+
+Record = dict[str, Any]
+
+# What decides the pixels and the file; the rest says where things lay and who computed.
+_DECIDING = ("version", "format", "options", "sampler_config")
+_HASHED = ("input", "config", "checkpoint")
+
+
+def describe_run(files: ModelFiles, settings: Settings, source: Record, format: str) -> Record:
+    """Describe one video, in values that JSON can hold; the hash of the weights is left open.
+
+    Args:
+        files: the model.
+        settings: of the run, ``options`` with the seed of this video, its device and type.
+        source: what :func:`describe_input` gave.
+        format: mp4, gif, webp or png.
+    """
+    record = {
+        "version": files.spec.name,
+        "format": format,
+        "options": settings.options.replace(videos_per_image=1).to_dict(),
+        "sampler_config": settings.sampler_config,
+        "input": source,
+        "config": _located(files.config_path, _sha256_of_config(files)),
+        "checkpoint": _located(files.checkpoint, None),
+    }
+    return cast(Record, json.loads(json.dumps(record)))
+
+
+def with_checkpoint(record: Record, sha256: str) -> Record:
+    """The record with the hash of the weights."""
+    return record | {"checkpoint": record["checkpoint"] | {"sha256": sha256}}
+
+
+def describe_input(source: str | Path, picture: "Picture") -> Record:
+    """Where a picture came from, and a SHA-256: of the file, or of an address's decoded pixels."""
+    if is_address(source):
+        sha256 = hashlib.sha256(picture.image.tobytes()).hexdigest()
+        return {"path": source, "sha256": sha256}
+    return _located(Path(source), sha256_of_file(source))
+
+
+def describe_machine(device_name: str) -> Record:
+    """The versions of what computes; ``device_name`` in words."""
+    import torch
+
+    return {
+        "sgm": sgm.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": device_name,
+    }
+
+
+def identity(record: Record) -> Record:
+    """The part of a record that decides the video: two runs with the same give the same."""
+    hashes = {name: record[name]["sha256"] for name in _HASHED}
+    return {name: record[name] for name in _DECIDING} | hashes
+
+
+def read_record(path: str | Path) -> Record:
+    """Read a record.
+
+    Raises:
+        ValueError: no such file, or not a record.
+    """
+    path = Path(path).expanduser()
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        identity(record)
+    except OSError as error:
+        raise ValueError(f"record {str(path)!r}: {error.strerror}") from error
+    except (ValueError, TypeError, LookupError) as error:
+        raise ValueError(f"record {str(path)!r}: not the JSON of a video made here") from error
+    return cast(Record, record)
+
+
+def finished_runs(folder: Path) -> list[tuple[Path, Record]]:
+    """The videos of a folder that are there, each with its record."""
+    found = []
+    for path in sorted(folder.glob("[0-9]*.json")):
+        try:
+            record = read_record(path)
+        except ValueError:
+            continue
+        video = path.with_name(str(record.get("video")))
+        if video.exists():
+            found.append((video, record))
+    return found
+
+
+def find_run(
+    wanted: Record, runs: Iterable[tuple[Path, Record]], checkpoint_sha256: Callable[[], str]
+) -> Path | None:
+    """The video of a finished run that equals ``wanted``, whose checkpoint need not be hashed yet.
+
+    ``checkpoint_sha256`` is called only where all else is equal, for it may have to wait.
+    """
+    asked = identity(wanted) | {"checkpoint": None}
+    for video, record in runs:
+        same = identity(record) | {"checkpoint": None} == asked
+        if same and record["checkpoint"]["sha256"] == checkpoint_sha256():
+            return video
+    return None
+
+
+def repeat_request(request: Request, record: Record) -> Request:
+    """A request for the video of a record, with what the user says besides taking precedence.
+
+    A frame rate given anew also conditions the model, unless the record's run was told otherwise.
+    """
+    options = dict(record["options"])
+    if "fps" in request.options and options["fps_id"] == options["fps"] - 1:
+        options["fps_id"] = None
+    files = {} if request.version else {k: record[k]["path"] for k in ("config", "checkpoint")}
+    return replace(
+        request,
+        options=options | request.options,
+        input_path=request.input_path or (record["input"]["path"],),
+        version=request.version or record["version"],
+        config=request.config or files.get("config"),
+        ckpt_path=request.ckpt_path or files.get("checkpoint"),
+        format=request.format or record["format"],
+    )
+
+
+def refuse_changes(
+    asked: Request, record: Record, files: ModelFiles, checkpoint_sha256: Callable[[], str]
+) -> None:
+    """Make sure that what is to be repeated is still there, apart from what ``asked`` replaces.
+
+    Raises:
+        ValueError: the picture, YAML or weights have changed since the record was written.
+    """
+    path = record["input"]["path"]
+    found: dict[str, tuple[str, Callable[[], str]]] = {}
+    if not asked.input_path and not is_address(path) and Path(path).is_file():
+        found["input"] = "input_path", lambda: sha256_of_file(path)
+    if not (asked.config or asked.version):
+        found["config"] = "config", lambda: _sha256_of_config(files)
+    if not (asked.ckpt_path or asked.version):
+        found["checkpoint"] = "ckpt_path", checkpoint_sha256
+    for name, (flag, sha256) in found.items():
+        if sha256() != record[name]["sha256"]:
+            raise ValueError(
+                f"the {name} {record[name]['path']} is no longer the one of the record: "
+                f"give --{flag} to use another"
+            )
+
+
+@contextmanager
+def background_sha256(path: Path) -> Iterator[Callable[[], str]]:
+    """Hash a large file in another thread; the function that the block gets waits for the result.
+
+    Leaving the block ends the work.
+    """
+    from sgm.checkpoint import sha256_of
+
+    cancel = Event()
+    with ThreadPoolExecutor(1, "sha256") as pool:
+        future = pool.submit(sha256_of, path, cancel)
+        try:
+            yield lambda: cast(str, future.result())
+        finally:
+            cancel.set()
+
+
+def sha256_of_file(path: str | Path) -> str:
+    """Hash a small file."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256_of_config(files: ModelFiles) -> str:
+    """Of the model section as it is understood: comments and spelling do not count."""
+    return hashlib.sha256(json.dumps(files.config, sort_keys=True).encode()).hexdigest()
+
+
+def _located(path: Path, sha256: str | None) -> Record:
+    return {"path": str(path.expanduser().resolve()), "sha256": sha256}
