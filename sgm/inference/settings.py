@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from sgm.inference.options import SamplingOptions
 from sgm.inference.specs import SPECS, ModelSpec, default_spec, find_config, find_file, get_spec

@@ -40,7 +40,7 @@ class UNetPlan:
         return int(2 ** sum(layer.kind == "down" for block in self.input_blocks for layer in block))
 
 
-def plan_unet(
+def plan_unet(  # noqa: C901 - four loops over the levels, each plain
     *,
     in_channels: int,
     model_channels: int,
