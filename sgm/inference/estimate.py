@@ -20,8 +20,8 @@ from sgm.inference.settings import GUIDER_TARGETS, SAMPLER_TARGETS, ModelFiles, 
 from sgm.modules.autoencoding.temporal_ae import VideoDecoder
 from sgm.util import instantiate_from_config
 
-# Share of the rate of large matrix products that whole networks reach: convolutions, normalisation
-# and attention are slower. Between 0.3 and 0.7 on the CPUs and GPUs tried.
+# Share of the rate of large matrix products that whole networks are taken to reach: convolutions,
+# normalisation and attention are slower. A rule of thumb, for an estimate of the order of magnitude.
 EFFICIENCY = 0.5
 BENCHMARK_SECONDS = 0.2
 READ_SAMPLE = 16 << 20  # bytes

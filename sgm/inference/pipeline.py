@@ -123,8 +123,7 @@ class VideoPipeline:
     ) -> Self:
         """Load a model whose files are found; arguments and errors as in :meth:`from_spec`."""
         target = memory.parse_device(device) if device else memory.default_device()
-        if isinstance(dtype, str):
-            dtype = getattr(torch, dtype)
+        number = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         params = (files.config.get("params") or {}) | {"ckpt_path": None}
         with torch.device("meta"):
             engine = instantiate_from_config(files.config | {"params": params})
@@ -133,7 +132,7 @@ class VideoPipeline:
                 f"expected a DiffusionEngine in the YAML, got {files.config['target']}"
             )
         load_checkpoint(engine, files.checkpoint)
-        return cls(engine, files, target, dtype)
+        return cls(engine, files, target, number)
 
     @property
     def latent_channels(self) -> int:
@@ -211,6 +210,10 @@ class VideoPipeline:
     ) -> Any:
         settings = self.settings(picture, options)
         pixels = self._prepare(picture, settings)
+        shape = self._latent_shape(pixels, settings)
+        for name, given in (("noise", noise), ("latents", latents)):
+            if given is not None and given.shape != shape:
+                raise ValueError(f"{name} must have the shape {shape}, got {tuple(given.shape)}")
         if latents is None:
             latents = self._sample(pixels, settings, noise, callback)
         if options.output == "latents":
@@ -240,6 +243,11 @@ class VideoPipeline:
         mode = "reflect" if max(padding) < min(height, width) else "replicate"
         return F.pad(pixels[None], padding, mode=mode)[0]
 
+    def _latent_shape(self, pixels: Tensor, settings: Settings) -> tuple[int, ...]:
+        """(t, z, h / f, w / f) for a prepared picture."""
+        sides = (side // self.downsampling for side in pixels.shape[1:])
+        return (settings.frames, self.latent_channels, *sides)
+
     def _crop(self, frames: Tensor, settings: Settings) -> Tensor:
         """Undo the padding of :meth:`_prepare` on (..., h, w)."""
         height, width = settings.size
@@ -250,13 +258,10 @@ class VideoPipeline:
         self, pixels: Tensor, settings: Settings, noise: Tensor | None, callback: Callback | None
     ) -> Tensor:
         """Scaled latents (t, z, h / f, w / f) in float32."""
-        frames, seed = settings.frames, settings.options.seed
-        shape = (frames, self.latent_channels, *(n // self.downsampling for n in pixels.shape[1:]))
-        generator = torch.Generator().manual_seed(seed)
+        frames = settings.frames
+        generator = torch.Generator().manual_seed(settings.options.seed)
         aug_noise = torch.randn(pixels.shape, generator=generator)
-        drawn = torch.randn(shape, generator=generator)
-        if noise is not None and noise.shape != drawn.shape:
-            raise ValueError(f"noise must have the shape {shape}, got {tuple(noise.shape)}")
+        drawn = torch.randn(self._latent_shape(pixels, settings), generator=generator)
         x = (drawn if noise is None else noise.float()).to(self.device)
 
         def more_noise(like: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The parts of training, each against a second derivation."""
 
-import math
+import inspect
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,49 +9,20 @@ from safetensors.torch import load_file
 from torch import nn
 
 from sgm.modules.ema import Ema
-from sgm.training import assemble, snapshot
-from sgm.training.batch import condition_batch
+from sgm.training import assemble, parts, snapshot
 from sgm.training.draws import StepBatches, step_generator
-from sgm.training.loop import Plan
+from sgm.training.loop import Plan, Run
 from sgm.training.optim import Optim
-from sgm.training.recipe import load_recipe, section
-from sgm.training.tasks import DiffusionTask, ReconstructionTask, edges, select_trainable
-from sgm.util import instantiate_from_config
-from tests.tiny import FRAMES, tiny_config, tiny_engine
+from sgm.training.recipe import engine_config, load_recipe, section
+from sgm.training.tasks import ReconstructionTask, select_trainable
+from sgm.util import get_obj_from_str, instantiate_from_config
+from tests.tiny import tiny_config, tiny_engine
 
-LOSS = {
-    "target": "sgm.modules.diffusionmodules.loss.StandardDiffusionLoss",
-    "params": {
-        "batch2model_keys": ["num_video_frames", "image_only_indicator"],
-        "sigma_sampler_config": {
-            "target": "sgm.modules.diffusionmodules.sigma_sampling.EDMSampling",
-            "params": {"p_mean": 0.7, "p_std": 1.6},
-        },
-        "loss_weighting_config": {
-            "target": "sgm.modules.diffusionmodules.loss_weighting.VWeighting"
-        },
-    },
-}
+RECIPES = Path(__file__).resolve().parents[2] / "configs" / "training"
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-def clip_batch(clips=2, size=32):
-    g = generator(5)
-    return {
-        "frames": torch.rand(clips, FRAMES, 3, size, size, generator=g) * 2 - 1,
-        "fps_id": torch.tensor([6] * clips),
-        "motion_bucket_id": torch.tensor([100] * clips),
-    }
-
-
-def mode_engine():
-    """A tiny engine with a loss, whose first stage does not sample."""
-    engine = tiny_engine(loss_fn_config=LOSS)
-    engine.first_stage_model.regularization.sample = False
-    return engine
 
 
 # ---------------------------------------------------------------- draws
@@ -80,130 +52,6 @@ def test_batches_continue_from_any_step():
     whole = [next(start) for _ in range(9)]
     for step in (1, 4, 7):
         assert next(iter(StepBatches(5, 2, seed=1, step=step))) == whole[step]
-
-
-# ---------------------------------------------------------------- conditioning
-def test_condition_noise_is_per_clip_and_told():
-    """Catches noise drawn per batch, a level that is not its ``cond_aug``, and noise in what CLIP
-    sees: the added noise divided by ``cond_aug`` must be standard normal in every clip."""
-    first = torch.zeros(400, 3, 8, 8)
-    batch = condition_batch(first, {"fps_id": torch.zeros(400)}, 5, generator())
-    level = batch["cond_aug"]
-    log = level.log()
-    assert log.mean().item() == pytest.approx(-3.0, abs=0.1)  # 0.5 / sqrt(400) = 0.025
-    assert log.std().item() == pytest.approx(0.5, abs=0.08)
-    ratio = batch["cond_frames"].std(dim=(1, 2, 3)) / level
-    assert ratio.min() > 0.75  # 192 numbers: standard error 0.05
-    assert ratio.max() < 1.25
-    assert torch.equal(batch["cond_frames_without_noise"], first)
-    assert batch["image_only_indicator"].shape == (400, 5)
-    assert not batch["image_only_indicator"].any()
-
-
-def test_diffusion_task_equals_a_written_out_step():
-    """The loss by hand, in the order of the draws: noise level of the condition, its noise, dropout
-    (rates are zero here), noise levels, noise. Catches a missing scale factor, levels per frame,
-    another weight, or a condition that is noised after encoding."""
-    engine = mode_engine()
-    batch = clip_batch()
-    task = DiffusionTask(trainable=["model"])
-    with torch.no_grad():
-        loss, _ = task(engine, batch, generator(9))
-
-        g = generator(9)
-        aug = (-3 + 0.5 * torch.randn(2, generator=g)).exp()
-        first = batch["frames"][:, 0]
-        noisy = first + aug.reshape(2, 1, 1, 1) * torch.randn(first.shape, generator=g)
-        rows = {"fps_id": batch["fps_id"], "motion_bucket_id": batch["motion_bucket_id"]}
-        rows |= {"cond_aug": aug, "cond_frames": noisy, "cond_frames_without_noise": first}
-        cond = {k: v.repeat_interleave(FRAMES, 0) for k, v in engine.conditioner(rows).items()}
-        z = engine.first_stage_model.encode(batch["frames"].flatten(0, 1)) * engine.scale_factor
-        sigma = (0.7 + 1.6 * torch.randn(2, generator=g)).exp()
-        s = sigma.repeat_interleave(FRAMES).reshape(-1, 1, 1, 1)
-        x = z + s * torch.randn(z.shape, generator=g)
-        out = engine.model(
-            x / (s**2 + 1).sqrt(),
-            0.25 * s.flatten().log(),
-            cond,
-            num_video_frames=FRAMES,
-            image_only_indicator=torch.zeros(2, FRAMES),
-        )
-        denoised = x / (s**2 + 1) - s / (s**2 + 1).sqrt() * out
-        by_hand = ((1 + s**2) / s**2 * (denoised - z) ** 2).mean()
-    assert loss.item() == pytest.approx(by_hand.item(), rel=1e-5)  # float32, another order of sums
-
-
-def test_cached_latents_give_the_loss_of_frames():
-    """Catches a cache that is scaled twice or not at all."""
-    engine = mode_engine()
-    batch = clip_batch()
-    latents = engine.encode_first_stage(batch["frames"].flatten(0, 1)).unflatten(0, (2, FRAMES))
-    cached = {k: v for k, v in batch.items() if k != "frames"}
-    cached |= {"latents": latents, "first_frame": batch["frames"][:, 0]}
-    task = DiffusionTask(trainable=["model"])
-    with torch.no_grad():
-        a, b = (task(engine, each, generator(2))[0].item() for each in (batch, cached))
-    assert a == pytest.approx(b, rel=1e-6)
-
-
-def test_dropout_is_the_conditioners_and_off_outside_training():
-    """Catches dropout whose draws are not the step's generator's."""
-    engine = mode_engine()
-    engine.conditioner.ucg_rates[0] = engine.conditioner.ucg_rates[3] = 0.5
-    task, batch = DiffusionTask(trainable=["model"]), clip_batch(clips=8)
-    list(select_trainable(engine, ["model"]))
-    quiet = [task(engine, batch, generator(s))[0].item() for s in (1, 1)]
-    engine.conditioner.training = True
-    drawn = [task(engine, batch, generator(s))[0].item() for s in (1, 1)]
-    assert quiet[0] == quiet[1]
-    assert drawn[0] == drawn[1]
-    assert drawn[0] != quiet[0]
-
-
-# ---------------------------------------------------------------- reconstruction
-def test_edges_are_neighbour_differences():
-    """A ramp along x, y and t has constant differences; catches a transposed or missing axis."""
-    t, h, w = torch.meshgrid(*(torch.arange(n) for n in (3, 4, 5)), indexing="ij")
-    clip = (100 * t + 10 * h + w).float()[None, :, None]
-    assert [d.unique().tolist() for d in edges(clip)] == [[1.0], [10.0], [100.0]]
-    assert len(edges(clip[:, :1])) == 2
-
-
-def test_reconstruction_loss_by_hand():
-    """Catches a weight that is not applied and a divergence that is not summed over latents."""
-    stage = tiny_config().model.params.first_stage_config
-    torch.manual_seed(0)
-    engine = instantiate_from_config(stage).eval()
-    engine.decode = lambda *_, **__: torch.zeros(2, 3, 16, 16)
-    frames = torch.full((2, 1, 3, 16, 16), 0.5)
-    with torch.no_grad():
-        moments, _ = engine.encode(frames[:, 0], unregularized=True)
-        mean, log_var = moments.chunk(2, 1)
-        kl = torch.distributions.kl_divergence(
-            torch.distributions.Normal(mean, (log_var / 2).exp()),
-            torch.distributions.Normal(0.0, 1.0),
-        )
-        expected = 0.5 + 0.01 * kl.sum().item() / 2
-        task = ReconstructionTask(kl_weight=0.01, edge_weight=3.0)
-        loss, logs = task(engine, {"frames": frames}, generator())
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
-    assert logs["psnr"].item() == pytest.approx(10 * math.log10(4 / 0.25), rel=1e-5)
-
-
-def test_only_the_named_parts_train():
-    """Catches frozen parts that get gradients and prefixes that match half a name."""
-    engine = tiny_engine()
-    chosen = list(select_trainable(engine, ["conditioner.embedders.0"]))
-    inside = list(engine.conditioner.embedders[0].parameters())
-    assert [id(p) for p in chosen] == [id(p) for p in inside]
-    assert not engine.model.training
-    assert engine.conditioner.embedders[0].training
-    with pytest.raises(ValueError, match=r"no parameters under conditioner\.embed$"):
-        select_trainable_list(engine, ["model", "conditioner.embed"])
-
-
-def select_trainable_list(engine, names):
-    return list(select_trainable(engine, names))
 
 
 # ---------------------------------------------------------------- optimiser, average, plan
@@ -266,7 +114,7 @@ def test_condition_autoencoder_is_the_first_stage():
     engine = tiny_engine(seed=4)
     assemble.install_first_stage(engine, engine.first_stage_model.state_dict())
     condition = engine.conditioner.embedders[3].encoder
-    x = clip_batch()["frames"][:, 0]
+    x = torch.rand(2, 3, 32, 32, generator=generator()) * 2 - 1
     with torch.no_grad():
         moments, _ = engine.first_stage_model.encode(x, unregularized=True)
         z = condition.encode(x)
@@ -324,3 +172,67 @@ def test_recipes_include_merge_and_override(tmp_path):
             load_recipe([tmp_path / p for p in paths], overrides)
     with pytest.raises(ValueError, match="no section 'data'"):
         section(recipe, "data")
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_fits_its_model(path):
+    """Catches a target, a parameter or a trained part that does not exist."""
+    recipe = load_recipe([path])
+    settings = section(recipe, "training")
+    with torch.device("meta"):
+        engine = instantiate_from_config(engine_config(recipe))
+    task = instantiate_from_config(settings["task"])
+    assert select_trainable(engine, task.trainable)
+    Optim(**settings["optim"])
+    Plan(**settings["plan"])
+    dataset = section(recipe, "data.dataset")
+    inspect.signature(get_obj_from_str(dataset["target"])).bind(**dataset["params"])
+    assert section(recipe, "lightning.trainer")["max_steps"] > 0
+
+
+# ---------------------------------------------------------------- runs
+def autoencoder_run(folder, **optim):
+    torch.manual_seed(0)
+    engine = instantiate_from_config(tiny_config().model.params.first_stage_config)
+    return Run(engine, ReconstructionTask(), Optim(lr=1e-3, warmup=4, **optim), folder)
+
+
+def images(value=None):
+    frames = torch.rand(2, 1, 3, 16, 16, generator=generator()) * 2 - 1
+    return {"frames": frames if value is None else torch.full_like(frames, value)}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    """Catches a run that goes on and saves weights that are not numbers."""
+    run = autoencoder_run(tmp_path)
+    run.advance(images(), 0.0)
+    with pytest.raises(ValueError, match="loss at step 1 is nan: lower training"):
+        run.advance(images(float("nan")), 0.0)
+    assert run.step == 1
+    assert all(torch.isfinite(p).all() for p in run.parameters)
+
+
+def test_a_state_goes_through_half_precision_parts(tmp_path):
+    """Catches lost weights, averages or steps, files beyond the limit, and a start at full rate
+    without the optimiser's state."""
+    run = autoencoder_run(tmp_path / "here" / "autoencoder", ema=0.5)
+    for _ in range(3):
+        run.advance(images(), 0.0)
+    run.save()
+    parts.pack(tmp_path / "here", tmp_path / "carried", limit=1_000_000)
+    files = sorted((tmp_path / "carried" / "autoencoder").iterdir())
+    assert len(files) > 2
+    assert max(file.stat().st_size for file in files) < 1_100_000  # tensors and a header
+    parts.unpack(tmp_path / "carried", tmp_path / "there")
+    other = autoencoder_run(tmp_path / "there" / "autoencoder", ema=0.5)
+    assert other.resume()
+    assert (other.step, other.ema.updates) == (3, 3)
+    for mine, its in zip(run.parameters, other.parameters, strict=True):
+        assert torch.equal(mine.half().float(), its)
+    for name, average in run.ema.state_dict().items():
+        assert torch.equal(average.half().float(), other.ema.state_dict()[name].float())
+    other.advance(images(), 0.0)
+    assert other.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 / 5)
+    files[0].unlink()
+    with pytest.raises(ValueError, match="all of them"):
+        parts.unpack(tmp_path / "carried", tmp_path / "elsewhere")

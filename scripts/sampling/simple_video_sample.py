@@ -1,0 +1,128 @@
+"""Turn pictures into videos: see ``--help``.
+
+Everything heavy is imported late, so that help and errors in the arguments answer at once.
+"""
+
+import logging
+import shutil
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from sgm.inference.batch import Job, Outcome, make_videos, plan_job
+from sgm.inference.flags import Request, help_text, refuse_unknown
+from sgm.inference.progress import ProgressLine, duration
+
+if TYPE_CHECKING:
+    from sgm.inference.pipeline import VideoPipeline
+
+LONG = 120.0  # seconds from which a run is announced
+DONE, SOME_FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what the command line asks.
+
+    Args:
+        arguments: without the program's name; None for those of the process.
+
+    Returns:
+        The exit code: 0 all done, 1 some input failed, 2 refused, 130 interrupted.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if {"-h", "--help"} & set(arguments):
+        print(help_text(min(100, shutil.get_terminal_size().columns)))
+        return DONE
+    verbose = "--verbose" in arguments
+    try:
+        refuse_unknown(arguments)
+        return run(parse(arguments))
+    except ValueError as error:
+        report(error, verbose)
+        return REFUSED
+    except KeyboardInterrupt:
+        after_progress = "\n" if sys.stderr.isatty() else ""
+        print(f"{after_progress}interrupted: only finished videos are kept", file=sys.stderr)
+        return INTERRUPTED
+
+
+def parse(arguments: Sequence[str]) -> Request:
+    """Take the command line apart with fire, which otherwise guesses types: texts stay texts.
+
+    Raises:
+        ValueError: a flag without its value.
+    """
+    import fire
+    from fire.decorators import SetParseFn
+
+    def collect(*pictures: str, **flags: str) -> Request:
+        return Request.from_texts(pictures, flags)
+
+    texts = SetParseFn(str)(collect)
+    request: Request = fire.Fire(texts, list(arguments), serialize=lambda _: None)
+    return request
+
+
+def run(request: Request) -> int:
+    """Make the videos, a line for each."""
+    if request.verbose:
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    job = plan_job(request)
+    announce_defaults(request, job)
+    line = ProgressLine(sys.stderr) if sys.stderr.isatty() else None
+    failed = False
+    for outcome in make_videos(job, lambda job: load(job, line), line):
+        if line:
+            line.clear()
+        print_outcome(outcome, request.verbose)
+        failed = failed or outcome.error is not None
+    return SOME_FAILED if failed else DONE
+
+
+def load(job: Job, line: ProgressLine | None) -> "VideoPipeline":
+    """Load the model; before that, say how long things will take."""
+    from sgm.inference.estimate import estimate_seconds, reading_seconds
+    from sgm.inference.pipeline import VideoPipeline
+
+    options = job.settings.options
+    seconds = estimate_seconds(job.files, job.settings)
+    if seconds * len(job.inputs) * options.videos_per_image > LONG:
+        place = "this CPU" if options.device == "cpu" else f"this {options.device} device"
+        print(
+            f"{job.files.spec.name} on {place}: about {duration(seconds)} a video", file=sys.stderr
+        )
+    if line:
+        reading = duration(reading_seconds(job.files.checkpoint))
+        line.show(f"loading {job.files.checkpoint.name}, about {reading}")
+    return VideoPipeline.load(job.files, options.device, options.dtype)
+
+
+def announce_defaults(request: Request, job: Job) -> None:
+    """Say which picture and model a command line without them takes."""
+    if request.repeat or (request.input_path and request.version):
+        return
+    spec = job.files.spec
+    pictures = f"{len(job.inputs)} pictures" if len(job.inputs) > 1 else job.inputs[0]
+    print(f"{pictures}, with {spec.name} ({spec.about})", file=sys.stderr)
+
+
+def print_outcome(outcome: Outcome, verbose: bool) -> None:
+    """One line on what became of a video."""
+    if outcome.error is not None:
+        report(outcome.error, verbose)
+    elif outcome.seconds is None:
+        print(f"{outcome.path}  there already", flush=True)
+    else:
+        print(f"{outcome.path}  {outcome.seconds:.1f} s", flush=True)
+
+
+def report(error: Exception, verbose: bool) -> None:
+    """One line on an error, and where it arose if that is asked for."""
+    if verbose:
+        traceback.print_exception(error)
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""The README does what it says: its commands run, its table is the options', its links lead on."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from scripts.sampling import simple_video_sample
+from sgm.inference.options import option_table
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"<!-- test: run -->\n```(\w+)\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that looks like the checkout, so that nothing is written into the real one."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("assets", "checkpoints", "configs", "scripts", "sgm"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+def run_shell(line: str) -> None:
+    python, script, *arguments = shlex.split(line)
+    assert (python, script) == ("python", "scripts/sampling/simple_video_sample.py")
+    assert simple_video_sample.main(arguments) == 0, line
+
+
+def test_commands_run_in_the_order_of_the_page(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(checkout)
+    assert [kind for kind, _ in BLOCKS] == ["sh", "sh", "python"]
+    for kind, text in BLOCKS:
+        if kind == "python":
+            exec(compile(text, "README.md", "exec"), {})
+        else:
+            for line in text.strip().splitlines():
+                run_shell(line)
+    outputs = checkout / "outputs" / "simple_video_sample" / "svd_tiny"
+    names = sorted(path.name for path in outputs.iterdir() if path.suffix != ".json")
+    # one, a gif, two of a picture, and the repeated one
+    assert names == ["000000.mp4", "000001.gif", "000002.mp4", "000003.mp4", "000004.mp4"]
+    assert (outputs / "000000.mp4").read_bytes() == (outputs / "000004.mp4").read_bytes()
+    assert (checkout / "panda.mp4").stat().st_size > 1000
+
+
+def test_options_table_is_the_options() -> None:
+    """Catches an option that was added, renamed or given another default without the README."""
+    table = re.search(r"<!-- options -->\n(.*)\n<!-- /options -->", README, re.DOTALL)
+    assert table is not None
+    assert table[1] == option_table()
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "checkpoints/README.md"])
+def test_links_lead_to_files(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#:]+)\)", text)
+    missing = [link for link in links if not ((ROOT / page).parent / link).exists()]
+    assert not missing
+
+
+def test_make_targets_of_the_page_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in set(re.findall(r"\bmake ([a-z]+)\b(?! it)", README)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
