@@ -138,7 +138,7 @@ def test_blend_leaves_images_alone(shape: tuple[int, ...]):
 
 
 def test_blend_refuses_what_it_cannot_do():
-    with pytest.raises(ValueError, match="merge_strategy.*'mean'"):
+    with pytest.raises(ValueError, match=r"merge_strategy.*'mean'"):
         AlphaBlender(0.5, "mean")
     with pytest.raises(ValueError, match="needs image_only_indicator"):
         AlphaBlender(0.5)(torch.zeros(2, 1), torch.zeros(2, 1))
@@ -235,9 +235,7 @@ def test_temporal_context_of_its_own():
     """Catches: a temporal context that is overwritten, or taken per frame."""
     layer = spatial_video_transformer(use_spatial_context=False, time_context_dim=5)
     x = torch.randn(6, 32, 2, 2, dtype=torch.float64)
-    context, time_context = (
-        torch.randn(n, 1, c, dtype=torch.float64) for n, c in ((6, 6), (2, 5))
-    )
+    context, time_context = (torch.randn(n, 1, c, dtype=torch.float64) for n, c in ((6, 6), (2, 5)))
     out = layer(x, context, 3, time_context)
     torch.testing.assert_close(layer(x, context, 3, time_context[:, 0]), out)
     other = layer(x, context, 3, time_context * torch.tensor([1.0, 2.0])[:, None, None])

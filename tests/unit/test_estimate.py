@@ -59,7 +59,7 @@ def test_full_size_model_costs_what_its_layers_say():
 def test_work_grows_with_frames_size_and_steps(files):
     base = count_flops(files, settings(files, num_frames=4, num_steps=2))
     frames = count_flops(files, settings(files, num_frames=8, num_steps=2))
-    size = count_flops(files, settings(files, num_frames=4, num_steps=2, height=128))
+    size = count_flops(files, settings(files, num_frames=4, num_steps=2, height=128, width=64))
     steps = count_flops(files, settings(files, num_frames=4, num_steps=6))
     padded = count_flops(files, settings(files, num_frames=4, num_steps=2, height=66, width=66))
     assert steps == pytest.approx((3 * base[0], base[1]))

@@ -219,10 +219,10 @@ def test_a_state_goes_through_half_precision_parts(tmp_path):
     for _ in range(3):
         run.advance(images(), 0.0)
     run.save()
-    parts.pack(tmp_path / "here", tmp_path / "carried", limit=1_000_000)
+    parts.pack(tmp_path / "here", tmp_path / "carried", limit=300_000)
     files = sorted((tmp_path / "carried" / "autoencoder").iterdir())
     assert len(files) > 2
-    assert max(file.stat().st_size for file in files) < 1_100_000  # tensors and a header
+    assert max(file.stat().st_size for file in files) < 350_000  # tensors and a header
     parts.unpack(tmp_path / "carried", tmp_path / "there")
     other = autoencoder_run(tmp_path / "there" / "autoencoder", ema=0.5)
     assert other.resume()

@@ -1,0 +1,78 @@
+"""Lightning callbacks: checkpoints that a kill leaves whole, and the log."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+from sgm.training.log import JsonLines
+
+
+class LastCheckpoint(pl.Callback):
+    """Keeps ``last.ckpt``: written under a temporary name, then renamed.
+
+    Args:
+        folder: where it stands.
+        steps: optimiser steps between two writes, or None.
+        minutes: time between two writes, or None.
+    """
+
+    def __init__(self, folder: Path, steps: int | None = None, minutes: float | None = 10) -> None:
+        self.path = folder / "last.ckpt"
+        self.steps, self.minutes = steps, minutes
+        self._saved_step, self._saved_at = -1, time.monotonic()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Save where it is due."""
+        step = trainer.global_step
+        due = self.steps is not None and step % self.steps == 0
+        late = self.minutes is not None and time.monotonic() - self._saved_at > 60 * self.minutes
+        # Processes have clocks of their own; the first one's decides for all.
+        if step != self._saved_step and trainer.strategy.broadcast(due or late):
+            self._save(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Save the end of the run."""
+        self._save(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
+        temporary = self.path.with_suffix(".part")
+        trainer.save_checkpoint(temporary)
+        if trainer.is_global_zero:
+            temporary.replace(self.path)
+
+
+class JsonLog(pl.Callback):
+    """Writes what the module logs to ``log.jsonl``.
+
+    Args:
+        folder: where it stands.
+        every: steps of a line, which gives means over them.
+    """
+
+    def __init__(self, folder: Path, every: int = 1) -> None:
+        self.path, self.every = folder / "log.jsonl", every
+        self._log: JsonLines | None = None
+        self._step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Open the log where the run continues."""
+        self._step = trainer.global_step
+        if trainer.is_global_zero:
+            self._log = JsonLines(self.path, self._step, self.every)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Write a line after an optimiser step."""
+        step = trainer.global_step
+        if self._log is not None and step != self._step:
+            rate = trainer.optimizers[0].param_groups[0]["lr"]
+            values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            self._log.add(step, values, lr=rate)
+        self._step = step
+
+    def on_train_end(self, *_: Any) -> None:
+        """Close the log."""
+        if self._log is not None:
+            self._log.close()

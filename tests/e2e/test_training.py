@@ -1,0 +1,238 @@
+"""Training runs of seconds: the loss falls, a killed run goes on with the same curve, and the
+stages of a small model end in a checkpoint that samples.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import mean
+
+import pytest
+import torch
+import torch.nn.functional as F
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+
+from scripts import train_tiny
+from sgm.training.recipe import load_recipe
+from sgm.training.stages import Stage, encode_latents, train_unet
+from sgm.util import instantiate_from_config
+from tests.tiny import FRAMES, tiny_config
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Three smooth pictures in a tensor file."""
+    g = torch.Generator().manual_seed(0)
+    path = tmp_path_factory.mktemp("photos") / "photos.safetensors"
+    coarse = torch.rand(3, 3, 8, 10, generator=g)
+    fine = F.interpolate(coarse, size=(80, 100), mode="bicubic").clamp(0, 1)
+    save_file({f"photo{i}": picture for i, picture in enumerate((fine * 255).byte())}, path)
+    return path
+
+
+def write_recipe(folder, photos, name, **changes):
+    """Write one of the shipped recipes around the tiny model, made short, and return its path."""
+    shipped = OmegaConf.load(ROOT / "configs" / "training" / f"{name}.yaml")
+    shipped.pop("include")
+    params = {"photos": str(photos), "size": [32, 32], "length": 40}
+    if name != "svd_tiny_autoencoder":
+        params["frames"] = FRAMES
+    short = {
+        "training": {
+            "optim": {"warmup": 2, "ema": 0.9},
+            "plan": {"steps": STEPS, "minutes": None, "save_minutes": 0.002, "log_every": 1},
+        },
+        "data": {"dataset": {"params": params}, "batch_size": 2, "workers": 0},
+        "lightning": {
+            "trainer": {
+                "max_steps": STEPS,
+                "accelerator": "cpu",
+                "devices": 1,
+                "precision": "32-true",
+                "enable_progress_bar": False,
+            },
+            "save": {"steps": 2},
+        },
+    }
+    merged = OmegaConf.merge(tiny_config(scale_factor=2.0), shipped, short)
+    for path, value in changes.items():
+        OmegaConf.update(merged, path, value)
+    OmegaConf.save(merged, folder / f"{name}.yaml")
+    return folder / f"{name}.yaml"
+
+
+def curve(log):
+    """Step, learning rate, loss and gradient norm of each line."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return [(line["step"], line["lr"], line["loss"], line["norm"]) for line in lines]
+
+
+def kill_at_some_step(command, log):
+    """Start a run and kill it once its log has a random number of steps; return how many."""
+    wanted = random.SystemRandom().randint(3, STEPS - 2)
+    threads = str(torch.get_num_threads())  # equal threads, equal sums
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": threads},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while process.poll() is None and (not log.exists() or log.read_text().count("\n") < wanted):
+        time.sleep(0.01)
+    assert process.poll() is None, "the run ended before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return wanted
+
+
+def test_plain_run_continues_after_a_kill(tmp_path, photos):
+    """Catches draws, batches or rates that depend on where a run started, a state that misses the
+    optimiser or the average, and a log that says a step twice."""
+    path = write_recipe(tmp_path, photos, "svd_tiny_autoencoder")
+    common = ["autoencoder", "--recipe", str(path), "--precision", "float32"]
+    killed = tmp_path / "killed" / "autoencoder"
+    script = ROOT / "scripts" / "train_tiny.py"
+    kill_at_some_step([script, *common, "--out", killed.parent], killed / "log.jsonl")
+    assert train_tiny.main([*common, "--out", str(killed.parent)]) == 0
+    assert train_tiny.main([*common, "--out", str(tmp_path / "whole")]) == 0
+    whole = tmp_path / "whole" / "autoencoder"
+    assert len(curve(whole / "log.jsonl")) == STEPS
+    assert curve(killed / "log.jsonl") == curve(whole / "log.jsonl")
+    states = [torch.load(folder / "state.pt")["ema"] for folder in (killed, whole)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_lightning_run_continues_after_a_kill(tmp_path, photos):
+    """As above through main.py, and catches a loader that starts again from the first batch."""
+    from sgm.training.run import train
+
+    path = write_recipe(tmp_path, photos, "svd_tiny_autoencoder")
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    kill_at_some_step(["main.py", "--base", path, "--logdir", killed], killed / "log.jsonl")
+    with pytest.raises(ValueError, match="--resume"):
+        train(load_recipe([path]), killed, resume=False)
+    weights = [train(load_recipe([path]), folder, resume=True) for folder in (killed, whole)]
+    assert len(curve(whole / "log.jsonl")) == STEPS
+    assert curve(killed / "log.jsonl") == curve(whole / "log.jsonl")
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_plain_and_lightning_take_the_same_steps(tmp_path, photos):
+    """Catches logic of the step that one of the runners has alone."""
+    from sgm.training.run import train
+
+    recipe = load_recipe([write_recipe(tmp_path, photos, "svd_tiny")])
+    train(recipe, tmp_path / "lightning", resume=False)
+    stage = Stage(recipe, tmp_path / "plain", torch.device("cpu"))
+    run = stage.run("unet", stage.build())
+    assert stage.fit(run, stage.dataset())
+    plain, lightning = (
+        [loss for _, _, loss, _ in curve(folder / "log.jsonl")]
+        for folder in (run.folder, tmp_path / "lightning")
+    )
+    assert lightning == pytest.approx(plain, rel=1e-4)  # fused kernels may differ in rounding
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory, photos):
+    """The folder of all stages of a small model, and the file that they end in."""
+    folder = tmp_path_factory.mktemp("stages")
+    common = ["--out", str(folder / "runs"), "--precision", "float32"]
+    write_recipe(folder, photos, "svd_tiny_autoencoder", **{"training.plan.steps": 60})
+    write_recipe(folder, photos, "svd_tiny_decoder", **{"training.plan.steps": 3})
+    unet = {"training.plan.steps": 60, "data.cache": {"clips": 12, "shard": 5}}
+    write_recipe(folder, photos, "svd_tiny", **unet)
+
+    def call(stage, recipe, *more):
+        return train_tiny.main([stage, "--recipe", str(folder / f"{recipe}.yaml"), *common, *more])
+
+    assert call("autoencoder", "svd_tiny_autoencoder") == 0
+    assert call("decoder", "svd_tiny_decoder") == 0
+    assert call("unet", "svd_tiny") == 0
+    notes = torch.load(folder / "runs" / "autoencoder" / "state.pt")["notes"]
+    file = folder / "model.safetensors"
+    assert call("export", "svd_tiny", "--checkpoint", str(file)) == 2  # another scale factor
+    scale = notes["scale_factor"]
+    more = ["--checkpoint", str(file), f"model.params.scale_factor={scale}"]
+    assert call("export", "svd_tiny", *more) == 0
+    return folder, file, scale
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "unet"])
+def test_the_loss_falls(stages, stage):
+    """Catches a step in the wrong direction and gradients that do not arrive."""
+    losses = [loss for _, _, loss, _ in curve(stages[0] / "runs" / stage / "log.jsonl")]
+    assert mean(losses[-15:]) < 0.85 * mean(losses[:15])
+
+
+def test_clips_are_encoded_once(stages):
+    """Three files, the last one short; a second call finds nothing to do."""
+    (folder,) = (stages[0] / "runs").glob("latents-*")
+    files = sorted(folder.iterdir())
+    assert [len(load_file(file)["latents"]) for file in files] == [5, 5, 2]
+    times = [file.stat().st_mtime_ns for file in files]
+    recipe = load_recipe([stages[0] / "svd_tiny.yaml"])
+    assert encode_latents(Stage(recipe, stages[0] / "runs", torch.device("cpu")))
+    assert [file.stat().st_mtime_ns for file in sorted(folder.iterdir())] == times
+
+
+def test_the_export_is_a_checkpoint_of_the_model(stages):
+    """Catches parts taken from the wrong stage or not averaged, and a condition autoencoder that
+    is not the first stage's."""
+    folder, file, scale = stages
+    model = tiny_config(scale_factor=scale, ckpt_path=str(file)).model
+    engine = instantiate_from_config(model).float()
+    assert engine.scale_factor == scale
+    states = {part: torch.load(folder / "runs" / part / "state.pt") for part in ("decoder", "unet")}
+    key = "diffusion_model.input_blocks.0.0.weight"
+    averaged = states["unet"]["ema"][f"model.{key}"]
+    assert torch.equal(engine.model.state_dict()[key], averaged.half().float())
+    key = "conv_out.time_mix_conv.weight"
+    averaged = states["decoder"]["ema"][f"decoder.{key}"]
+    assert torch.equal(engine.first_stage_model.decoder.state_dict()[key], averaged.half().float())
+    x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        moments, _ = engine.first_stage_model.encode(x, unregularized=True)
+        mode = engine.conditioner.embedders[3].encoder.encode(x)
+    assert torch.allclose(mode, moments.chunk(2, 1)[0], atol=1e-5)
+
+
+def test_a_unet_keeps_its_autoencoder(stages, tmp_path):
+    """Catches a U-Net that goes on with latents of an autoencoder it was not trained with."""
+    folder = shutil.copytree(stages[0] / "runs", tmp_path / "runs")
+    state = torch.load(folder / "autoencoder" / "state.pt")
+    state["notes"]["scale_factor"] *= 2
+    torch.save(state, folder / "autoencoder" / "state.pt")
+    recipe = load_recipe([stages[0] / "svd_tiny.yaml"])
+    with pytest.raises(ValueError, match="another autoencoder"):
+        train_unet(Stage(recipe, folder, torch.device("cpu")))
+
+
+def test_errors_are_one_line(tmp_path, photos):
+    """Wrong arguments of the training commands: exit code 2, one line, no traceback."""
+    recipe = write_recipe(tmp_path, photos, "svd_tiny_decoder")
+    decoder = ["scripts/train_tiny.py", "decoder", "--recipe", str(recipe), "--out", str(tmp_path)]
+    for command, message in [
+        (["main.py", "--base", "none.yaml"], "no recipe none.yaml"),
+        (["main.py", "--base", str(recipe), "--nope"], "--nope"),
+        (decoder, "run that stage first"),
+    ]:
+        result = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 2
+        assert message in result.stderr
+        assert result.stderr.count("\n") == 1
+        assert result.stderr.startswith("error: ")
