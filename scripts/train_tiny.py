@@ -80,8 +80,8 @@ def work(args: argparse.Namespace) -> bool:
     """Do what the command line asks; say whether the stage is complete."""
     import torch
 
+    from sgm.device import default_device, has_fast_bfloat16
     from sgm.training import parts, stages
-    from sgm.training.device import default_device, has_fast_bfloat16
     from sgm.training.recipe import load_recipe
 
     device = torch.device(args.device) if args.device else default_device()

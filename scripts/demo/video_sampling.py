@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import monotonic
 from typing import Any, cast
 
 import streamlit as st
@@ -18,7 +17,7 @@ from sgm.inference.files import PICTURE_SUFFIXES
 from sgm.inference.options import GROUPS, Option, SamplingOptions, expected, option_fields
 from sgm.inference.pictures import Picture, load_picture, native_size
 from sgm.inference.pipeline import Callback, Progress, VideoPipeline, video_seeds
-from sgm.inference.progress import duration
+from sgm.inference.progress import StageClock
 from sgm.inference.settings import Settings, find_model, resolve
 from sgm.inference.specs import SPECS, ModelSpec, default_spec, find_file
 from sgm.inference.videos import Video, check_video_size
@@ -143,18 +142,12 @@ def sample(
 def progress_bars() -> Callback:
     """A callback that draws a bar for each stage, with the time that remains."""
     bars: dict[str, Any] = {}
-    stage, begun, last = "", 0.0, monotonic()
+    clock = StageClock()
 
     def show_progress(progress: Progress) -> None:
-        nonlocal stage, begun, last
-        if progress.stage != stage:  # it began when the one before it ended
-            stage, begun = progress.stage, last
-        last = monotonic()
-        text = f"{stage.capitalize()}: {progress.step} of {progress.total}"
-        if 0 < progress.step < progress.total:
-            seconds = (last - begun) / progress.step * (progress.total - progress.step)
-            text += f", {duration(seconds)} left"
-        bars[stage] = bars.get(stage, st).progress(progress.step / progress.total, text)
+        bar = bars.get(progress.stage, st)
+        text = clock.describe(progress).capitalize()
+        bars[progress.stage] = bar.progress(progress.step / progress.total, text)
 
     return show_progress
 

@@ -129,13 +129,14 @@ def _plan(request: Request) -> Job:
     inputs = expand_inputs(request.input_path or (find_file(SAMPLE_PICTURE) or SAMPLE_PICTURE,))
     settings = resolve(options, files.config, files.spec, (files.spec.height, files.spec.width))
 
-    from sgm.inference import memory  # only now: PyTorch takes longer than all of the above
+    from sgm.device import default_device, parse_device  # only now: PyTorch takes a while
+    from sgm.inference.memory import default_dtype
     from sgm.inference.videos import check_video_size
 
     format = request.format or "mp4"
     check_video_size(format, *settings.size)
-    device = memory.parse_device(options.device) if options.device else memory.default_device()
-    dtype = options.dtype or memory.default_dtype(device)
+    device = parse_device(options.device) if options.device else default_device()
+    dtype = options.dtype or default_dtype(device)
     decided = {"device": str(device), "dtype": dtype}
     return Job(
         files,
@@ -190,7 +191,7 @@ def _make(
 ) -> Outcome:
     import torch
 
-    from sgm.inference.memory import device_name
+    from sgm.device import device_name
 
     began = time.monotonic()
     try:

@@ -1,47 +1,10 @@
 """Where weights live, and in which type."""
 
-import platform
-
 import torch
 from torch import nn
 
+from sgm.device import has_fast_bfloat16
 from sgm.models.diffusion import DiffusionEngine
-
-# x86 flags of units that multiply bfloat16 natively; elsewhere it is emulated and slow.
-_BFLOAT16_UNITS = frozenset(("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
-
-
-def default_device() -> torch.device:
-    """The accelerator if there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
-
-
-def parse_device(name: str) -> torch.device:
-    """Check that a device exists.
-
-    Raises:
-        ValueError: it does not.
-    """
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as exc:
-        reason = str(exc).splitlines()[0]
-        raise ValueError(f"device {name!r} is not available here: {reason}") from exc
-    return device
-
-
-def device_name(device: torch.device) -> str:
-    """What the device is called, such as ``NVIDIA A100-SXM4-80GB``."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type
-    return _cpu_info("model name") or platform.processor() or platform.machine()
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -52,23 +15,7 @@ def default_dtype(device: torch.device) -> torch.dtype:
     """
     if device.type != "cpu":
         return torch.float16
-    return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 natively."""
-    flags = _cpu_info("flags", "Features")
-    return not _BFLOAT16_UNITS.isdisjoint(flags.split())
-
-
-def _cpu_info(*names: str) -> str:
-    """The first of these entries in Linux's list of processors; empty elsewhere."""
-    try:
-        with open("/proc/cpuinfo") as file:  # noqa: PTH123 - a pseudo file, Linux alone
-            line = next((line for line in file if line.startswith(names)), "")
-    except OSError:
-        return ""
-    return line.partition(":")[2].strip()
+    return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
 
 
 def place(engine: DiffusionEngine, device: torch.device, dtype: torch.dtype) -> None:

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sgm.checkpoint import load_checkpoint
-from sgm.inference import memory
+from sgm.device import default_device, parse_device
 from sgm.inference.conditioning import embed, make_batch
+from sgm.inference.memory import default_dtype, place
 from sgm.inference.options import SamplingOptions
 from sgm.inference.pictures import (
     Picture,
@@ -81,9 +82,9 @@ class VideoPipeline:
         dtype: torch.dtype | None = None,
     ) -> None:
         self.engine, self.files, self.spec = engine, files, files.spec
-        self.device = memory.default_device() if device is None else torch.device(device)
-        self.dtype = dtype or memory.default_dtype(self.device)
-        memory.place(engine, self.device, self.dtype)
+        self.device = default_device() if device is None else torch.device(device)
+        self.dtype = dtype or default_dtype(self.device)
+        place(engine, self.device, self.dtype)
 
     @classmethod
     def from_spec(
@@ -122,7 +123,7 @@ class VideoPipeline:
         dtype: str | torch.dtype | None = None,
     ) -> Self:
         """Load a model whose files are found; arguments and errors as in :meth:`from_spec`."""
-        target = memory.parse_device(device) if device else memory.default_device()
+        target = parse_device(device) if device else default_device()
         number = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         params = (files.config.get("params") or {}) | {"ckpt_path": None}
         with torch.device("meta"):

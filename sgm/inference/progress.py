@@ -20,6 +20,31 @@ def duration(seconds: float) -> str:
     return f"{hours:.0f} h" if hours >= 9.95 else f"{hours:.1f} h"
 
 
+class StageClock:
+    """Says in words how far a stage is, and from its steps so far how long it will still take.
+
+    Args:
+        clock: seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._stage, self._began, self._last = "", clock(), clock()
+
+    def describe(self, progress: "Progress") -> str:
+        """The stage, its steps and the remaining time, such as ``sampling 3/25, 40 s left``."""
+        now = self._clock()
+        if progress.stage != self._stage:
+            # Sampling first reports after a step: it began where the stage before it ended.
+            self._stage, self._began = progress.stage, self._last if progress.step else now
+        self._last = now
+        text = f"{progress.stage} {progress.step}/{progress.total}"
+        if 0 < progress.step < progress.total:
+            left = (now - self._began) / progress.step * (progress.total - progress.step)
+            text += f", {duration(left)} left"
+        return text
+
+
 class ProgressLine:
     """The last line of a terminal, rewritten after each step; a callback of the pipeline.
 
@@ -30,21 +55,11 @@ class ProgressLine:
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self.title = ""
-        self._stream, self._clock = stream, clock
-        self._stage, self._began, self._last = "", clock(), clock()
+        self._stream, self._clock = stream, StageClock(clock)
 
     def __call__(self, progress: "Progress") -> None:
-        """Show where the run stands; the stage's steps so far tell the remaining time."""
-        now = self._clock()
-        if progress.stage != self._stage:
-            # Sampling first reports after a step: it began where the stage before it ended.
-            self._stage, self._began = progress.stage, self._last if progress.step else now
-        self._last = now
-        text = f"{progress.stage} {progress.step}/{progress.total}"
-        if 0 < progress.step < progress.total:
-            left = (now - self._began) / progress.step * (progress.total - progress.step)
-            text += f", {duration(left)} left"
-        self.show(text)
+        """Show where the run stands."""
+        self.show(self._clock.describe(progress))
 
     def show(self, text: str) -> None:
         """Replace the line."""

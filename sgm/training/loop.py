@@ -19,11 +19,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from sgm.modules.ema import Ema
 from sgm.training import snapshot
-from sgm.training.device import training_attention
+from sgm.training.attention import training_attention
 from sgm.training.draws import StepBatches, step_generator
 from sgm.training.log import JsonLines
 from sgm.training.optim import ADVICE, Optim, set_rate
 from sgm.training.tasks import Task, select_trainable
+
+_STOP = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclass(frozen=True)
@@ -192,17 +194,26 @@ def batches(
         step: the first step.
     """
     sampler = StepBatches(len(dataset), batch_size, seed, step)  # type: ignore[arg-type]
-    return iter(DataLoader(dataset, batch_sampler=sampler, num_workers=workers))
+    return iter(
+        DataLoader(
+            dataset, batch_sampler=sampler, num_workers=workers, worker_init_fn=_outlive_signals
+        )
+    )
+
+
+def _outlive_signals(_worker: int) -> None:
+    """Let a loading process go on when its whole group is told to stop: the last step needs it."""
+    for number in _STOP:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
     """A list that is not empty once SIGTERM or SIGINT came; the step in work is still finished."""
     received: list[int] = []
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    kept = [signal.signal(n, lambda number, _: received.append(number)) for n in numbers]
+    kept = [signal.signal(n, lambda number, _: received.append(number)) for n in _STOP]
     try:
         yield received
     finally:
-        for number, handler in zip(numbers, kept, strict=True):
+        for number, handler in zip(_STOP, kept, strict=True):
             signal.signal(number, handler)

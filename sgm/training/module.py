@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sgm.modules.ema import Ema
-from sgm.training.device import training_attention
+from sgm.training.attention import training_attention
 from sgm.training.draws import StepBatches, step_generator
 from sgm.training.optim import ADVICE, Optim, set_rate
 from sgm.training.tasks import Task, select_trainable

@@ -42,17 +42,13 @@ def picture(height=60, width=90):
     return load_picture(random.integers(0, 255, (height, width, 3), dtype=np.uint8))
 
 
-def config(pipeline, path):
-    return OmegaConf.select(OmegaConf.create(pipeline.files.config), f"params.{path}")
-
-
 @pytest.mark.parametrize(
     ("options", "told"), [({}, 6), ({"fps": 12}, 11), ({"fps": 12, "fps_id": 3}, 3)]
 )
 def test_frame_rate_reaches_the_embedder_less_one(pipeline, options, told):
     """Caught: fps without the - 1; fps_id that changes the file; the raw reference meaning."""
-    keys = [each["input_key"] for each in config(pipeline, "conditioner_config.emb_models")]
-    embedder = pipeline.engine.conditioner.embedders[keys.index("fps_id")]
+    conditioner = pipeline.engine.conditioner
+    embedder = conditioner.embedders[conditioner.input_keys.index("fps_id")]
     seen = []
     hook = embedder.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
     video = pipeline(picture(), QUICK.replace(**options))

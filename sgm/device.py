@@ -1,0 +1,60 @@
+"""Which devices there are, what they are called, and what they are fast in; imports torch alone."""
+
+import platform
+
+import torch
+
+# Flags of processor units that multiply bfloat16 natively; elsewhere it is emulated and slow.
+_BFLOAT16_UNITS = frozenset(("avx512_bf16", "amx_bf16", "bf16", "svebf16"))
+
+
+def default_device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def parse_device(name: str) -> torch.device:
+    """Check that a device exists.
+
+    Raises:
+        ValueError: it does not.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as exc:
+        reason = str(exc).splitlines()[0]
+        raise ValueError(f"device {name!r} is not available here: {reason}") from exc
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """What the device is called, such as ``NVIDIA A100-SXM4-80GB``."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    return _cpu_info("model name") or platform.processor() or platform.machine()
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 itself; where it does not, bfloat16 is emulated."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return not _BFLOAT16_UNITS.isdisjoint(_cpu_info("flags", "Features").split())
+    return False
+
+
+def _cpu_info(*names: str) -> str:
+    """The first of these entries in Linux's list of processors; empty elsewhere."""
+    try:
+        with open("/proc/cpuinfo") as file:  # noqa: PTH123 - a pseudo file, Linux alone
+            line = next((line for line in file if line.startswith(names)), "")
+    except OSError:
+        return ""
+    return line.partition(":")[2].strip()
