@@ -2,9 +2,8 @@
 
 Recorded cases and the mistakes they have caught (each was made on purpose, in a copy):
 
-- ``vae_video``: blend of space and time as in the U-Net; rows taken as "(t b)"; padding of the
-  downsampling on all sides; attention over channels.
-- ``vae_image``: a decoder level without its additional block, upsampling by interpolation.
+- ``vae_video``: blend of space and time as in the U-Net; no temporal padding.
+- ``vae_image``: the downsampling padded above and on the left, upsampling by interpolation.
 - ``vae_quiet``: 1e-5 for 1e-6 in spatial blocks, 1e-6 for 1e-5 in temporal blocks.
 - ``vae_mode_only``: latents drawn instead of their mode, a missing 1x1 convolution.
 """

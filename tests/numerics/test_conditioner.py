@@ -4,7 +4,8 @@ Recorded cases and the mistakes they have caught (each was made on purpose, in a
 
 - ``conditioner``: condition latents scaled or drawn; another order of the vector's parts; sines
   before cosines; CLIP's normalisation left out; the vector zeroed in the unconditional half.
-- ``clip_preprocess``: ``align_corners=False``; no blur; another width of the blur; zero padding.
+- ``clip_preprocess``: ``align_corners=False``; no blur; another width of the blur; its axes
+  exchanged; borders repeated instead of reflected.
 """
 
 import itertools
@@ -112,7 +113,7 @@ def cubic(values: Tensor, position: float, a: float = -0.75) -> float:
 
 
 def test_enlarging_does_not_blur():
-    """Catches: a blur of the least width also where nothing shrinks."""
+    """Catches: a blur also where nothing shrinks, ``align_corners=False``."""
     x = torch.randn(1, 3, 8, 8)
     assert torch.equal(antialiased_resize(x, 8, 8), x)
     out = antialiased_resize(x, 15, 15)
@@ -276,10 +277,11 @@ def test_one_batch_serves_both_halves(conditioner: GeneralConditioner):
     assert not uc["crossattn"].any()
     assert not uc["concat"].any()
     assert torch.equal(c["vector"], uc["vector"])
-    swapped, _ = conditioner.get_unconditional_conditioning(
+    swapped, whole = conditioner.get_unconditional_conditioning(
         batch, force_cond_zero_embeddings=["cond_frames"]
     )
     assert not swapped["concat"].any()
+    assert torch.equal(whole["concat"], c["concat"])
     assert torch.equal(swapped["crossattn"], c["crossattn"])
 
 

@@ -3,13 +3,14 @@
 Recorded cases and the mistakes they have caught (each was made on purpose, in a copy):
 
 - ``unet_small``: blend of space and time the other way round; rows taken as "(t b)"; GEGLU's gate
-  and value exchanged; sines before cosines; the context of another clip; attention without a head
-  split; 1x1 instead of linear projections; output blocks that take skips in the wrong order.
+  and value exchanged, its GELU approximated; sines before cosines; the context of another clip;
+  heads split as "(d heads)"; attention without its scale; no frame positions; skips taken in the
+  wrong order; attention where svd has none.
 - ``unet_small_image_only``: image rows blended like video rows.
-- ``unet_odd_size``: height and width exchanged; frames taken for positions.
+- ``unet_odd_size``: height and width exchanged.
 - ``unet_fixed_merge``: a fixed factor put through the sigmoid; 3x3x3 kernels run as (3, 1, 1).
 - ``unet_quiet``: 1e-6 for 1e-5 in residual blocks, 1e-5 for 1e-6 before transformers.
-- ``unet_grad``: a detached branch, a gradient that differs from the output's derivative.
+- ``unet_grad``: a branch cut off from the gradient.
 """
 
 import math
@@ -191,7 +192,7 @@ def test_sinusoidal_embedding_by_hand(dim: int, period: float):
 
 
 def test_half_precision_numbers_are_embedded_in_float32():
-    """Catches: angles in half precision (bucket 127 in bfloat16 steps of 0.5)."""
+    """Catches: frequencies in half precision (bfloat16 knows 127.5 and 128, nothing between)."""
     x = torch.tensor([0.5, 127.0], dtype=torch.bfloat16)
     assert torch.equal(sinusoidal_embedding(x, 16), sinusoidal_embedding(x.float(), 16))
 

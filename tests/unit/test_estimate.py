@@ -9,6 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from sgm.inference.estimate import (
+    bound_seconds,
     count_flops,
     estimate_seconds,
     matmul_rate,
@@ -46,9 +47,7 @@ def test_full_size_model_costs_what_its_layers_say():
     """
     path = find_config("svd_xt")
     full = ModelFiles(SPECS["svd_xt"], path, read_config(path), path)
-    began = time.process_time()
     network, decoder = count_flops(full, settings(full))
-    assert time.process_time() - began < 4  # about one second on an idle processor
     per_call = network / (30 * 2)
     assert per_call == pytest.approx(80e12, rel=0.1)
     everywhere = 2 * 1.52e9 * 25 * 72 * 128
@@ -92,6 +91,7 @@ def test_estimate_is_of_the_order_of_a_run(files):
     pipeline(picture, options)
     measured = time.perf_counter() - began
     assert measured / 10 < estimate < measured * 10
+    assert bound_seconds(files, settings(files, **options.to_dict())) > estimate
 
 
 def test_rates_are_plausible(files):

@@ -1,5 +1,6 @@
 """Helpers: what they build, and what they say when they cannot."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,13 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from sgm.util import append_dims, default, get_obj_from_str, instantiate_from_config
+from sgm.util import (
+    append_dims,
+    default,
+    get_obj_from_str,
+    instantiate_from_config,
+    refuse_unknown,
+)
 
 
 @pytest.mark.parametrize("value", [0, False, "", 2.5])
@@ -83,6 +90,26 @@ def test_configs_build_objects():
 def test_mistakes_in_configs_are_named(config: dict, message: str):
     with pytest.raises(ValueError, match=message):
         instantiate_from_config(config)
+
+
+class Owner:
+    def __init__(self, num_heads: int = 1):
+        self.num_heads = num_heads
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("num_head", ": did you mean 'num_heads'?"),
+        ("dimension", ": did you mean 'dimensions'?"),
+        ("colour", ""),
+    ],
+)
+def test_unknown_parameters_are_named(name: str, hint: str):
+    # Catches: a misspelt parameter that is swallowed; a hint that forgets the owner's own names.
+    with pytest.raises(ValueError, match=f"^Owner has no parameter '{name}'{re.escape(hint)}$"):
+        refuse_unknown(Owner(), {"dimensions": 2, name: 1}, {"dimensions"})
+    refuse_unknown(Owner(), {"dimensions": 3}, {"dimensions"})
 
 
 def broken(size: int) -> None:

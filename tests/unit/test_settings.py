@@ -1,0 +1,84 @@
+"""Flags, YAML and row: who decides about sampler and guidance."""
+
+import pytest
+
+from sgm.inference.options import SamplingOptions
+from sgm.inference.settings import GUIDER_TARGETS, SAMPLER_TARGETS, resolve
+from sgm.inference.specs import SPECS
+from sgm.util import instantiate_from_config
+
+GUIDERS = "sgm.modules.diffusionmodules.guiders"
+
+
+def resolved(yaml=None, spec="svd", **options):
+    config = {"params": {"sampler_config": yaml}} if yaml else {}
+    return resolve(SamplingOptions(**options), config, SPECS[spec], (576, 1024)).sampler_config
+
+
+def scales(sampler_config, frames=5):
+    return instantiate_from_config(sampler_config).guider.frame_scales(frames).tolist()
+
+
+def yaml_sampler(name="heun", guider=None, **params):
+    guider = guider or {"target": f"{GUIDERS}.VanillaCFG", "params": {"scale": 7.0}}
+    discretization = {
+        "target": "sgm.modules.diffusionmodules.discretizer.EDMDiscretization",
+        "params": {"sigma_max": 80.0},
+    }
+    common = {"discretization_config": discretization, "guider_config": guider}
+    return {"target": SAMPLER_TARGETS[name], "params": common | params}
+
+
+def test_a_yaml_without_a_sampler_gets_the_row_of_the_model():
+    """Caught: the row's guidance or noise levels of another model."""
+    config = resolved()
+    assert config["target"] == SAMPLER_TARGETS["euler"]
+    assert config["params"]["discretization_config"]["params"] == {"sigma_max": 700.0}
+    assert scales(config) == [1.0, 1.375, 1.75, 2.125, 2.5]
+    assert scales(resolved(spec="sv3d_u")) == [1.0, 1.75, 2.5, 1.75, 1.0]
+
+
+def test_the_yaml_is_used_as_it_is():
+    """Caught: a default of the row that overwrites a sampler or scale swapped in a YAML."""
+    sampler = yaml_sampler(s_churn=3.0)
+    assert resolved(sampler) == sampler
+
+
+def test_a_flag_changes_what_it_names_and_no_more():
+    """Caught: another sampler that forgets the YAML's noise levels or guidance, or keeps its own
+    sampler's parameters (s_churn), which the other one does not take."""
+    config = resolved(yaml_sampler(s_churn=3.0), sampler="dpmpp_2m")
+    assert config["target"] == SAMPLER_TARGETS["dpmpp_2m"]
+    assert "s_churn" not in config["params"]
+    assert config["params"]["discretization_config"]["params"] == {"sigma_max": 80.0}
+    assert scales(config) == [7.0] * 5
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"max_guidance": 4.0}, [4.0] * 3),
+        ({"guidance_shape": "linear", "min_guidance": 1.0, "max_guidance": 3.0}, [1.0, 2.0, 3.0]),
+        ({"guidance_shape": "linear", "min_guidance": 3.0}, [3.0, 5.0, 7.0]),
+        ({"guidance_shape": "triangle", "min_guidance": 2.0, "max_guidance": 4.0}, [2.0, 4.0, 2.0]),
+    ],
+)
+def test_guidance_flags_over_a_constant_yaml(options, expected):
+    assert scales(resolved(yaml_sampler(), **options), 3) == expected
+
+
+def test_no_guidance_is_the_identity():
+    config = resolved(yaml_sampler(), guidance_shape="none")
+    assert config["params"]["guider_config"] == {"target": GUIDER_TARGETS["none"], "params": {}}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"min_guidance": 2.0}, "constant guidance"),
+        ({"guidance_shape": "linear", "min_guidance": 9.0}, "must not exceed"),
+    ],
+)
+def test_contradictions_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        resolved(yaml_sampler(), **options)
