@@ -82,16 +82,17 @@ def run(request: Request) -> int:
 
 def load(job: Job, line: ProgressLine | None) -> "VideoPipeline":
     """Load the model; before that, say how long things will take."""
-    from sgm.inference.estimate import estimate_seconds, reading_seconds
+    from sgm.inference.estimate import bound_seconds, estimate_seconds, reading_seconds
     from sgm.inference.pipeline import VideoPipeline
 
     options = job.settings.options
-    seconds = estimate_seconds(job.files, job.settings)
-    if seconds * len(job.inputs) * options.videos_per_image > LONG:
-        place = "this CPU" if options.device == "cpu" else f"this {options.device} device"
-        print(
-            f"{job.files.spec.name} on {place}: about {duration(seconds)} a video", file=sys.stderr
-        )
+    videos = len(job.inputs) * options.videos_per_image
+    if videos * bound_seconds(job.files, job.settings) > LONG:
+        seconds = estimate_seconds(job.files, job.settings)
+        if videos * seconds > LONG:
+            place = "this CPU" if options.device == "cpu" else f"this {options.device} device"
+            about = f"{job.files.spec.name} on {place}: about {duration(seconds)} a video"
+            print(about, file=sys.stderr)
     if line:
         reading = duration(reading_seconds(job.files.checkpoint))
         line.show(f"loading {job.files.checkpoint.name}, about {reading}")

@@ -128,18 +128,27 @@ class Move:
         return Layer(torch.exp(spin * way), (self.parallax * self.pan - self.drift) * way)
 
 
-def draw_move(draw: Draw, frames: int, size: tuple[int, int], has_object: bool) -> Move:
-    """Draw a pan, a zoom, a rotation or a mixture, each about one pixel of mean flow in size."""
+def draw_move(
+    draw: Draw, frames: int, size: tuple[int, int], has_object: bool, approach_share: float = 0.0
+) -> Move:
+    """Draw a pan, a zoom, a rotation or a mixture, each about one pixel of mean flow in size.
+
+    With the probability ``approach_share`` the camera moves into the scene instead, at an even
+    speed and nearly straight: a move that shows nothing new at the borders.
+    """
     kind = draw.uniform(0, 1)
     pan, zoom, turn = draw.uniform(0.3, 1), draw.uniform(-1, 1), draw.uniform(-0.5, 0.5)
-    if kind < 0.4:
+    easing = EASINGS[draw.integer(0, len(EASINGS) - 1)]
+    if draw.chance(approach_share):
+        pan, zoom, turn = 0.25 * pan, -1, 0.2 * turn
+        easing = EASINGS[0]
+    elif kind < 0.4:
         pan, zoom, turn = 1, 0, 0
     elif kind < 0.6:
         pan, zoom, turn = 0, math.copysign(1, zoom), 0
     elif kind < 0.7:
         pan, zoom, turn = 0, 0, math.copysign(1, turn)
     lever = 0.38 * math.sqrt(size[0] * size[1])  # the mean |p| of a square
-    easing = EASINGS[draw.integer(0, len(EASINGS) - 1)]
     return Move(
         pan=pan * draw.direction(),
         spin=complex(zoom, turn) / lever,

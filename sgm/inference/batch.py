@@ -129,12 +129,15 @@ def _plan(request: Request) -> Job:
     inputs = expand_inputs(request.input_path or (find_file(SAMPLE_PICTURE) or SAMPLE_PICTURE,))
     settings = resolve(options, files.config, files.spec, (files.spec.height, files.spec.width))
 
-    from sgm.device import default_device, parse_device  # only now: PyTorch takes a while
-    from sgm.inference.memory import default_dtype
+    format = request.format or "mp4"
+
     from sgm.inference.videos import check_video_size
 
-    format = request.format or "mp4"
     check_video_size(format, *settings.size)
+
+    from sgm.device import default_device, parse_device  # last: PyTorch takes longer than all above
+    from sgm.inference.memory import default_dtype
+
     device = parse_device(options.device) if options.device else default_device()
     dtype = options.dtype or default_dtype(device)
     decided = {"device": str(device), "dtype": dtype}

@@ -8,15 +8,13 @@ Shapes: t frames, z latent channels, f downsampling factor, h height, w width, d
 """
 
 import time
-from collections.abc import Callable
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from sgm.inference.settings import GUIDER_TARGETS, SAMPLER_TARGETS, ModelFiles, Settings
 from sgm.modules.autoencoding.temporal_ae import VideoDecoder
@@ -26,6 +24,7 @@ from sgm.util import instantiate_from_config
 # normalisation and attention are slower. A rule of thumb: only the order of magnitude is meant.
 EFFICIENCY = 0.5
 BENCHMARK_SECONDS = 0.2
+BYTES_PER_WEIGHT = 2  # at least, in published files
 READ_SAMPLE = 16 << 20  # bytes
 
 _CALLS_PER_STEP = {SAMPLER_TARGETS["heun"]: 2, SAMPLER_TARGETS["dpmpp_2s_ancestral"]: 2}
@@ -40,10 +39,26 @@ def estimate_seconds(files: ModelFiles, settings: Settings) -> float:
     return (network / rates[dtype] + decoder / rates[first_stage_dtype]) / EFFICIENCY
 
 
+def bound_seconds(files: ModelFiles, settings: Settings) -> float:
+    """Seconds that one video will hardly exceed, found in half a second: whether to look closer.
+
+    As if every weight of the file multiplied at every position of the latents in every call; the
+    real U-Net is narrow where it is large, so that it does about a ninth of that.
+    """
+    with torch.device("meta"):
+        first_stage = instantiate_from_config(files.config["params"]["first_stage_config"])
+    weights = files.checkpoint.stat().st_size / BYTES_PER_WEIGHT
+    height, width = settings.size
+    positions = settings.frames * height * width / first_stage.downsampling**2
+    flops = 2 * weights * positions * network_calls(settings)
+    return flops / matmul_rate(torch.device(str(settings.options.device)), _dtype(settings))
+
+
 def count_flops(files: ModelFiles, settings: Settings) -> tuple[float, float]:
     """Floating-point operations of all calls of the U-Net, and of the decoder, for one video.
 
-    A multiplication and its addition count as two. Takes about a second, whatever the size.
+    A multiplication and its addition count as two. Takes a second, whatever the size, and three
+    more when first called: the meta device then imports a part of PyTorch's compiler.
     """
     params = files.config["params"]
     with torch.device("meta"), torch.inference_mode():
@@ -85,48 +100,6 @@ def reading_seconds(path: Path) -> float:
         return (time.perf_counter() - began) * size / max(1, read)
 
 
-class _FlopCounter(TorchFunctionMode):
-    """Adds up the operations of the products that networks consist of.
-
-    As torch.utils.flop_counter, without the seconds that its first use takes to import things.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in _TERMS:
-            self.flops += 2 * _TERMS[func](result, *args[:2])
-        return result
-
-
-def _layer_terms(result: Tensor, _x: Tensor, weight: Tensor) -> int:
-    return result.numel() * weight[0].numel()
-
-
-def _attention_terms(_result: Tensor, q: Tensor, k: Tensor) -> int:
-    return 2 * q.numel() * k.shape[-2]
-
-
-def _matmul_terms(result: Tensor, a: Tensor, _b: Tensor) -> int:
-    return result.numel() * a.shape[-1]
-
-
-_TERMS: dict[Any, Callable[[Tensor, Tensor, Tensor], int]] = {
-    F.linear: _layer_terms,
-    F.conv1d: _layer_terms,
-    F.conv2d: _layer_terms,
-    F.conv3d: _layer_terms,
-    F.scaled_dot_product_attention: _attention_terms,
-    torch.matmul: _matmul_terms,
-    torch.bmm: _matmul_terms,
-}
-
-
 def _network_flops(
     network: Any, first_stage: Any, config: dict[str, Any], settings: Settings
 ) -> float:
@@ -135,7 +108,7 @@ def _network_flops(
     x = torch.empty(t, params["in_channels"], h, w)
     context = torch.empty(t, 1, params["context_dim"])
     vector = torch.empty(t, params["adm_in_channels"]) if params.get("num_classes") else None
-    with _FlopCounter() as counter:
+    with FlopCounterMode(display=False) as counter:
         network(
             x,
             torch.empty(t),
@@ -144,7 +117,7 @@ def _network_flops(
             num_video_frames=t,
             image_only_indicator=torch.zeros(1, t),
         )
-    return counter.flops
+    return counter.get_total_flops()
 
 
 def _decoder_flops(first_stage: Any, network: nn.Module, settings: Settings) -> float:
@@ -153,9 +126,9 @@ def _decoder_flops(first_stage: Any, network: nn.Module, settings: Settings) -> 
     z = first_stage.decoder.conv_in.in_channels
     timesteps = {"timesteps": chunk} if isinstance(first_stage.decoder, VideoDecoder) else {}
     latents = torch.empty(chunk, z, *_latent_size(network, first_stage, settings))
-    with _FlopCounter() as counter:
+    with FlopCounterMode(display=False) as counter:
         first_stage.decode(latents, **timesteps)
-    return counter.flops * t / chunk
+    return counter.get_total_flops() * t / chunk
 
 
 def _latent_size(network: Any, first_stage: Any, settings: Settings) -> tuple[int, int]:

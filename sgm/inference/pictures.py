@@ -49,7 +49,7 @@ class Picture:
         return self.image.mode == "RGBA"
 
 
-def load_picture(source: Source, enough: int | None = None) -> Picture:
+def load_picture(source: Source, enough: int = 4096) -> Picture:
     """Read a picture of any common kind, turned upright by its EXIF orientation.
 
     Files may be jpeg, png, webp, gif, bmp or tiff (of several frames, the first), of any mode that
@@ -62,8 +62,8 @@ def load_picture(source: Source, enough: int | None = None) -> Picture:
         source: a path, an http(s) address, the bytes of a file or an open binary file, a Pillow
             image, an array (h, w) or (h, w, c), or a tensor (c, h, w); c is 1 (grey), 2 (with
             alpha), 3 (RGB) or 4 (RGBA); values are bool, uint8, uint16 or float in [0, 1].
-        enough: a jpeg much larger than this many pixels on both sides is decoded at a half, a
-            quarter or an eighth of its size, never below it, which saves time and memory.
+        enough: a jpeg at least twice as large as this many pixels on both sides is decoded at a
+            half, a quarter or an eighth of its size, never below it, which saves time and memory.
 
     Raises:
         ValueError: for what is missing, broken, cut short, too large or no picture, by its name.
@@ -168,7 +168,7 @@ def _reason(error: Exception) -> str:
     return f"broken or cut short ({error or type(error).__name__})"
 
 
-def _decode(source: Source, enough: int | None) -> Image.Image:
+def _decode(source: Source, enough: int) -> Image.Image:
     """The upright image of any source, of mode RGB or RGBA."""
     if isinstance(source, Image.Image):
         return _upright_colour(_checked(source))
@@ -178,8 +178,7 @@ def _decode(source: Source, enough: int | None) -> Image.Image:
         return _upright_colour(_checked(_from_array(source)))
     with _open(_file(source)) as image:
         _checked(image)
-        if enough is not None:
-            image.draft(image.mode, (enough, enough))
+        image.draft(image.mode, (enough, enough))
         return _upright_colour(image)
 
 

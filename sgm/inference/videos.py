@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Frames = npt.NDArray[np.uint8]
 
@@ -33,7 +36,7 @@ class Video:
 
     frames: Frames
     fps: int
-    latents: Tensor | None = None
+    latents: "Tensor | None" = None
 
     def save(self, path: str | Path) -> Path:
         """Write to ``path``, in the format of its suffix (none: a folder of png files)."""
