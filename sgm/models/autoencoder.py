@@ -7,6 +7,7 @@ f the downsampling factor.
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sgm.checkpoint import load_checkpoint
@@ -76,13 +77,20 @@ class AutoencodingEngine(nn.Module):
         """(n, 3, h, w) in [-1, 1] -> (n, 2 z, h / f, w / f)."""
         return self.encoder(x)
 
-    def encode(self, x: Tensor, return_reg_log: bool = False, unregularized: bool = False) -> Any:
+    def encode(
+        self,
+        x: Tensor,
+        return_reg_log: bool = False,
+        unregularized: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Any:
         """Encode pictures.
 
         Args:
             x: (n, 3, h, w) in [-1, 1].
             return_reg_log: also give the regulariser's dictionary (``kl_loss``).
             unregularized: give the moments and an empty dictionary instead.
+            generator: source of the draw where the regulariser samples.
 
         Returns:
             Latents (n, z, h / f, w / f), not multiplied by any scale factor.
@@ -90,7 +98,7 @@ class AutoencodingEngine(nn.Module):
         moments = self.moments(x)
         if unregularized:
             return moments, {}
-        z, log = self.regularization(moments)
+        z, log = self.regularization(moments, generator)
         return (z, log) if return_reg_log else z
 
     def decode(self, z: Tensor, **kwargs: Any) -> Tensor:

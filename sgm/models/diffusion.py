@@ -98,12 +98,22 @@ class DiffusionEngine(nn.Module):
         return torch.autocast(device, enabled=enabled)
 
     @torch.no_grad()
-    def encode_first_stage(self, x: Tensor) -> Tensor:
-        """Frames (n, 3, h, w) in [-1, 1] -> scaled latents (n, z, h / f, w / f)."""
-        chunk = default(self.en_and_decode_n_samples_a_time, len(x))
-        dtype = next(self.first_stage_model.encoder.parameters()).dtype
+    def encode_first_stage(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Frames (n, 3, h, w) in [-1, 1] -> scaled latents (n, z, h / f, w / f).
+
+        Args:
+            x: the frames.
+            generator: source of the draw where the first stage samples its latents.
+
+        Raises:
+            ValueError: the first stage decodes alone, as SV3D's does.
+        """
+        parameter = next(self.first_stage_model.encoder.parameters(), None)
+        if parameter is None:
+            raise ValueError("the first stage of this model has no encoder")
+        chunks = x.to(parameter.dtype).split(default(self.en_and_decode_n_samples_a_time, len(x)))
         with self._first_stage_autocast(x):
-            parts = [self.first_stage_model.encode(part) for part in x.to(dtype).split(chunk)]
+            parts = [self.first_stage_model.encode(part, generator=generator) for part in chunks]
         return self.scale_factor * torch.cat(parts).to(x.dtype)
 
     def decode_first_stage(self, z: Tensor) -> Tensor:
@@ -114,7 +124,8 @@ class DiffusionEngine(nn.Module):
         """As :meth:`decode_first_stage`, ``chunk`` frames after the other (None: all at once)."""
         decoder = self.first_stage_model.decoder
         dtype = next(decoder.parameters()).dtype
-        for part in (z / self.scale_factor).to(dtype).split(default(chunk, len(z))):
+        wide = torch.promote_types(z.dtype, dtype)  # a half type would round the division as well
+        for part in (z.to(wide) / self.scale_factor).to(dtype).split(default(chunk, len(z))):
             kwargs = {"timesteps": len(part)} if isinstance(decoder, VideoDecoder) else {}
             with torch.no_grad(), self._first_stage_autocast(z):
                 yield self.first_stage_model.decode(part, **kwargs).to(z.dtype)

@@ -164,7 +164,7 @@ def test_first_stage_keeps_its_type_and_gives_the_callers():
     expected = model.decode_first_stage(z)
     out = model.decode_first_stage(z.bfloat16())
     assert out.dtype == torch.bfloat16
-    assert relative_error(out, expected) < 0.01  # z is rounded, divided and the frames rounded
+    assert relative_error(out, expected) < 0.005  # z and the frames are rounded, once each
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model.decode_first_stage(z), expected)
         model.disable_first_stage_autocast = False

@@ -19,7 +19,9 @@ def group_norm(channels: int, eps: float = 1e-6) -> nn.GroupNorm:
     """GroupNorm over 32 groups.
 
     Two epsilons are in use: 1e-6 in the autoencoder's spatial layers and before transformers,
-    1e-5 in the U-Net's residual blocks and in every temporal residual block.
+    1e-5 in the U-Net's residual blocks and in every temporal residual block. With 32 channels, one
+    to a group, the norm takes away whatever is added to a whole channel, embeddings included: a
+    U-Net wants 64 or more.
 
     Raises:
         ValueError: ``channels`` is not a multiple of 32.

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from sgm.modules.diffusionmodules.layers import Upsample, group_norm
 from sgm.util import refuse_unknown
 
-# Fields of published YAML files that decide nothing in a network without attention resolutions.
-IGNORED = frozenset(("double_z", "in_channels", "out_ch", "resolution", "tanh_out"))
+# Published YAML files give both networks the same fields; these have no effect on the one.
+ENCODER_IGNORED = frozenset(("out_ch", "resolution", "tanh_out"))
+DECODER_IGNORED = frozenset(("double_z", "in_channels", "resolution"))
 ATTENTION_TYPES = ("vanilla", "vanilla-xformers", "none")
 
 
@@ -144,7 +145,7 @@ class Encoder(nn.Module):
         **ignored: Any,
     ) -> None:
         super().__init__()
-        refuse_unknown(self, ignored, IGNORED)
+        refuse_unknown(self, ignored, ENCODER_IGNORED)
         _check(attn_type, attn_resolutions)
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
         self.down = nn.ModuleList()
@@ -198,7 +199,7 @@ class Decoder(nn.Module):
         **ignored: Any,
     ) -> None:
         super().__init__()
-        refuse_unknown(self, ignored, IGNORED)
+        refuse_unknown(self, ignored, DECODER_IGNORED)
         _check(attn_type, attn_resolutions)
         self.tanh_out = tanh_out
         c = ch * ch_mult[-1]

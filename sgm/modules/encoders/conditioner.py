@@ -28,7 +28,8 @@ class GeneralConditioner(nn.Module):
     Args:
         emb_models: per embedder a mapping with ``target``, ``params``, ``input_key`` (its entry
             of the batch), ``is_trainable``, and ``ucg_rate``: the probability with which, in
-            training mode, a row is set to zero, for classifier-free guidance (arXiv 2207.12598).
+            training mode, a row is set to zero, for classifier-free guidance (arXiv 2207.12598);
+            an embedder with a rate is to be given one row per clip, or single frames drop out.
 
     Raises:
         ValueError: an embedder without ``input_key``.
