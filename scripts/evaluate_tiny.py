@@ -43,11 +43,15 @@ def to_bytes(pictures: torch.Tensor) -> Frames:
 
 
 def reconstruct(pipeline: "VideoPipeline", picture: Frames, frames: int) -> Frames:
-    """Return the first frame of a still clip of the picture, encoded and decoded."""
-    engine = pipeline.engine
+    """Return the first frame of a still clip of the picture, encoded and decoded.
+
+    The condition encoder encodes, the one that sampling uses; its latents are the mode, unscaled.
+    """
+    engine, conditioner = pipeline.engine, pipeline.engine.conditioner
     x = torch.from_numpy(picture).movedim(-1, 0)[None] / 127.5 - 1
-    parameter = next(engine.first_stage_model.parameters())
-    latent = engine.encode_first_stage(x.to(parameter.device, parameter.dtype))
+    with torch.no_grad():
+        encode = conditioner.embedders[conditioner.input_keys.index("cond_frames")]
+        latent = engine.scale_factor * encode(x.to(pipeline.device))
     return to_bytes(engine.decode_first_stage(latent.repeat(frames, 1, 1, 1))[0])
 
 

@@ -3,10 +3,10 @@
 The SVD paper (arXiv 2311.15127, appendix) conditions on a motion score taken from optical flow but
 publishes no map to the bucket 0..255. The map here is linear::
 
-    bucket = 255 * speed / 0.025,    speed = mean |flow| / short side
+    bucket = 255 * speed / 0.010,    speed = mean |flow| / short side
 
 with the flow in pixels per frame at the clip's own rate, averaged over pixels and frame pairs.
-Bucket 127 is about 0.8 pixels per frame in a picture of 64 pixels, 7.2 in one of 576.
+Bucket 127 is about 0.3 pixels per frame in a picture of 64 pixels, 2.9 in one of 576.
 """
 
 from itertools import pairwise
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 MAX_BUCKET = 255
-MAX_SPEED = 0.025
+MAX_SPEED = 0.010
 """The speed of bucket 255, as a fraction of the short side per frame."""
 
 FARNEBACK = {

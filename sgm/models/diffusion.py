@@ -21,6 +21,7 @@ Config = Mapping[str, Any]
 IGNORED = frozenset(
     (
         "ema_decay_rate",
+        "input_key",
         "log_keys",
         "network_wrapper",
         "no_cond_log",
@@ -47,7 +48,6 @@ class DiffusionEngine(nn.Module):
         en_and_decode_n_samples_a_time: frames that the first stage takes at once; all where None.
             A video decoder sees that many frames, so the number changes its result.
         compile_model: run the U-Net through ``torch.compile``.
-        input_key: entry of the training batch that holds the frames.
         ignored: settings of the original trainer that published YAML files name.
 
     Raises:
@@ -67,7 +67,6 @@ class DiffusionEngine(nn.Module):
         disable_first_stage_autocast: bool = False,
         en_and_decode_n_samples_a_time: int | None = None,
         compile_model: bool = False,
-        input_key: str = "frames",
         **ignored: Any,
     ) -> None:
         super().__init__()
@@ -82,7 +81,6 @@ class DiffusionEngine(nn.Module):
         self.scale_factor = scale_factor
         self.disable_first_stage_autocast = disable_first_stage_autocast
         self.en_and_decode_n_samples_a_time = en_and_decode_n_samples_a_time
-        self.input_key = input_key
         if ckpt_path is not None:
             load_checkpoint(self, ckpt_path)
 
@@ -128,4 +126,5 @@ class DiffusionEngine(nn.Module):
         for part in (z.to(wide) / self.scale_factor).to(dtype).split(default(chunk, len(z))):
             kwargs = {"timesteps": len(part)} if isinstance(decoder, VideoDecoder) else {}
             with torch.no_grad(), self._first_stage_autocast(z):
-                yield self.first_stage_model.decode(part, **kwargs).to(z.dtype)
+                frames = self.first_stage_model.decode(part, **kwargs)
+            yield frames.to(z.dtype)

@@ -63,11 +63,6 @@ def test_recorded_outputs(key, guider):
             [1.0, 2.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0, 2.0, 1.0],
         ),
         (guiders.TrapezoidPredictionGuider(3.0, 4), [3.0] * 4),
-        # times 0 .5 1, views 0 1 0
-        (
-            guiders.SpatiotemporalPredictionGuider(5.0, 9, num_views=3),
-            [1.0, 3.0, 1.0, 2.0, 4.0, 2.0, 3.0, 5.0, 3.0],
-        ),
         (guiders.PerFrameGuider([1.0, 4.0, 0.5]), [1.0, 4.0, 0.5]),
     ],
 )

@@ -28,12 +28,12 @@ def moving(dx: float, dy: float, frames: int = 5, size: int = 64) -> np.ndarray:
 
 
 def test_bucket_is_linear_in_the_relative_speed():
-    # Catches another short side, scale or clamp: 0.0125 of 64 px is 0.8 px, half of the top.
-    assert flow_to_bucket(0.8, 64) == 128
+    # Catches another short side, scale or clamp: 0.005 of 64 px is 0.32 px, half of the top.
+    assert flow_to_bucket(0.32, 64) == 128
     assert flow_to_bucket(0.0, 64) == 0
     assert flow_to_bucket(100.0, 64) == 255
-    assert flow_to_bucket(7.2, 576) == flow_to_bucket(0.8, 64)
-    assert bucket_to_flow(127, 64) == pytest.approx(0.797, abs=1e-3)
+    assert flow_to_bucket(2.88, 576) == flow_to_bucket(0.32, 64)
+    assert bucket_to_flow(127, 64) == pytest.approx(0.3187, abs=1e-4)
     assert [flow_to_bucket(bucket_to_flow(b, 96), 96) for b in range(256)] == list(range(256))
 
 

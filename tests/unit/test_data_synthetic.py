@@ -105,7 +105,7 @@ def test_scenes_reach_the_drawn_speed_and_stay_inside_the_photograph(photos):
     objects, ratios, speeds = 0, [], []
     for index in range(200):
         scene = dataset.draw_scene(Draw(3, index))
-        wanted = Draw(3, index).uniform(5, 250) / 255 * 0.025 * 64
+        wanted = Draw(3, index).uniform(5, 250) / 255 * 0.010 * 64
         ratios.append(scene.speed / wanted)
         at = torch.view_as_real(scene.window.centre + scene.window.scale * scene.camera(corners))
         height, width = scene.window.photo.shape[1:]

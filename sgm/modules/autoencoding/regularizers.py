@@ -29,5 +29,6 @@ class DiagonalGaussianRegularizer(nn.Module):
         kl = 0.5 * (mean.square() + log_var.exp() - 1.0 - log_var).sum(dim=(1, 2, 3)).mean()
         if not self.sample:
             return mean, {"kl_loss": kl}
-        noise = torch.empty_like(mean).normal_(generator=generator)
+        device = mean.device if generator is None else generator.device
+        noise = torch.randn(mean.shape, generator=generator, device=device).to(mean)
         return mean + (0.5 * log_var).exp() * noise, {"kl_loss": kl}

@@ -309,34 +309,3 @@ class TrapezoidPredictionGuider(LinearPredictionGuider):
         rise = super().profile(int(num_frames * self.edge_perc))
         plateau = torch.ones(num_frames - 2 * len(rise), device="cpu")
         return torch.cat([rise, plateau, rise.flip(0)])
-
-
-class SpatiotemporalPredictionGuider(LinearPredictionGuider):
-    """Scales for several views of a moving object: a ramp over time, a triangle over the views.
-
-    Rows of a clip are ordered (time, view), as in SV4D.
-
-    Args:
-        max_scale: the highest scale.
-        num_frames: frames of a clip, all views counted; None leaves it to the call.
-        num_views: views at each time.
-        min_scale: the lowest scale.
-        additional_cond_keys: see ``ScaledGuider``.
-    """
-
-    def __init__(
-        self,
-        max_scale: float,
-        num_frames: int | None = None,
-        num_views: int = 1,
-        min_scale: float = 1.0,
-        additional_cond_keys: str | Sequence[str] | None = None,
-    ) -> None:
-        super().__init__(max_scale, num_frames, min_scale, additional_cond_keys)
-        self.num_views = num_views
-
-    def profile(self, num_frames: int) -> Tensor:
-        """Return the mean of both courses."""
-        over_time = super().profile(num_frames // self.num_views)
-        over_views = triangle_wave(super().profile(self.num_views))
-        return ((over_time[:, None] + over_views) / 2).flatten()
