@@ -1,10 +1,8 @@
 """Loading at the published size: time and memory, measured by the project's own command.
 
-Writes 4.8 GB and wants a quiet machine, so it runs only when asked for:
-``SGM_FULL_SIZE=1 pytest tests/contracts/test_checkpoint_full.py``.
+Writes 4.8 GB and wants a quiet machine, so it runs only when asked for: ``pytest --slow``.
 """
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +12,7 @@ import pytest
 COMMAND = Path(__file__).parents[2] / "scripts/check_load.py"
 
 
-@pytest.mark.skipif(
-    not os.environ.get("SGM_FULL_SIZE"), reason="writes 4.8 GB; set SGM_FULL_SIZE=1 to run it"
-)
+@pytest.mark.slow
 def test_svd_xt_loads_within_its_limits():
     # Catches: random initialisation, a second copy of the weights, a file that is read twice.
     done = subprocess.run(

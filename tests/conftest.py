@@ -1,0 +1,16 @@
+"""Tests marked ``slow`` run with ``pytest --slow`` and are skipped, with a reason, without."""
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run what takes minutes or gigabytes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--slow"):
+        return
+    skip = pytest.mark.skip(reason="takes minutes or gigabytes: pytest --slow")
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(skip)
