@@ -1,11 +1,17 @@
 """Which devices there are, what they are called, and what they are fast in; imports torch alone."""
 
 import platform
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 # Flags of processor units that multiply bfloat16 natively; elsewhere it is emulated and slow.
 _BFLOAT16_UNITS = frozenset(("avx512_bf16", "amx_bf16", "bf16", "svebf16"))
+
+# What PyTorch and its libraries say in errors that are plain RuntimeErrors on some devices.
+_OUT_OF_MEMORY = re.compile("out of memory|not enough memory|allocate memory|ALLOC_FAILED")
 
 
 def default_device() -> torch.device:
@@ -18,18 +24,34 @@ def default_device() -> torch.device:
 
 
 def parse_device(name: str) -> torch.device:
-    """Check that a device exists.
+    """Check that a device exists and holds values, which ``meta`` does not.
 
     Raises:
         ValueError: it does not.
     """
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as exc:
         reason = str(exc).splitlines()[0]
         raise ValueError(f"device {name!r} is not available here: {reason}") from exc
     return device
+
+
+@contextmanager
+def memory_errors(advice: str) -> Iterator[None]:
+    """Turn a lack of memory, which each device reports in its own way, into one line of advice.
+
+    Raises:
+        MemoryError: in place of such an error; all others pass.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and not _OUT_OF_MEMORY.search(str(error)):
+            raise
+        raise MemoryError(f"out of memory: {advice}") from error
 
 
 def device_name(device: torch.device) -> str:

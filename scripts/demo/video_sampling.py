@@ -10,15 +10,15 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import streamlit as st
-import torch
 from PIL import ImageColor
 
+from sgm.inference.estimate import announcement
 from sgm.inference.files import PICTURE_SUFFIXES
 from sgm.inference.options import GROUPS, Option, SamplingOptions, expected, option_fields
-from sgm.inference.pictures import Picture, load_picture, native_size
+from sgm.inference.pictures import Picture, isolate_object, load_picture, native_size
 from sgm.inference.pipeline import Callback, Progress, VideoPipeline, video_seeds
 from sgm.inference.progress import StageClock
-from sgm.inference.settings import Settings, find_model, resolve
+from sgm.inference.settings import ModelFiles, Settings, find_model, resolve
 from sgm.inference.specs import SPECS, ModelSpec, default_spec, find_file
 from sgm.inference.videos import Video, check_video_size
 
@@ -27,7 +27,17 @@ LARGEST_WIDTH = 512  # pixels up to which a small video is shown larger, by a wh
 
 # Kept for all visitors: the pictures used last, and one model, since two may not fit in memory.
 read_picture = st.cache_resource(max_entries=4, show_spinner=False)(load_picture)
-load_pipeline = st.cache_resource(max_entries=1, show_spinner=False)(VideoPipeline.from_spec)
+
+
+@st.cache_resource(max_entries=1, show_spinner=False)
+def load_pipeline(
+    files: ModelFiles,
+    modified: int,  # noqa: ARG001 - part of the key
+    device: str | None,
+    dtype: str | None,
+) -> VideoPipeline:
+    """The pipeline, loaded anew where the YAML differs or the weights were ``modified`` since."""
+    return VideoPipeline.load(files, device, dtype)
 
 
 @contextmanager
@@ -35,8 +45,8 @@ def errors_in_one_line() -> Iterator[None]:
     """Show what the user can mend as one line of the page."""
     try:
         yield
-    except (ValueError, torch.OutOfMemoryError) as error:
-        st.error(str(error).splitlines()[0])
+    except (ValueError, OSError, MemoryError) as error:
+        st.error(" ".join(str(error).split()))
 
 
 @errors_in_one_line()
@@ -79,13 +89,12 @@ def settings(spec: ModelSpec, picture: Picture | None, options: SamplingOptions)
 
 
 def choose_options(spec: ModelSpec, picture: Picture | None) -> dict[str, Any]:
-    """The values of all widgets by the options' names; ``output`` has none: a page shows frames."""
+    """The values of all widgets by the options' names."""
     usual = settings(spec, picture, SamplingOptions()).options
     values: dict[str, Any] = {}
     for group in ["basic", "expert"] + ["sv3d"] * spec.orbit:
         with st.sidebar.expander(GROUPS[group], expanded=group == "basic"):
-            offered = [option for option in option_fields(group) if option.name != "output"]
-            values |= {option.name: widget(option, usual) for option in offered}
+            values |= {option.name: widget(option, usual) for option in option_fields(group)}
     return values
 
 
@@ -130,8 +139,14 @@ def sample(
     """Make the videos, with progress: the name of the mp4 file, frames, the file."""
     check_video_size("mp4", *settings(spec, picture, options).size)
     with st.status(f"Loading {spec.name}", expanded=True) as status, TemporaryDirectory() as folder:
-        pipeline = load_pipeline(spec.name, device=options.device, dtype=options.dtype)
+        picture = isolate_object(picture) if spec.orbit else picture
+        files = find_model(spec.name)
+        modified = files.checkpoint.stat().st_mtime_ns
+        pipeline = load_pipeline(files, modified, options.device, options.dtype)
         status.update(label=f"Sampling with {spec.name} on {pipeline.device}", expanded=True)
+        decided = pipeline.settings(picture, options)
+        if about := announcement(files, decided, options.videos_per_image):
+            st.write(about)
         made = pipeline(picture, options, callback=progress_bars())
         status.update(label="Done", expanded=False)
         videos = made if isinstance(made, list) else [made]

@@ -17,7 +17,6 @@ from sgm.inference.progress import ProgressLine, duration
 if TYPE_CHECKING:
     from sgm.inference.pipeline import VideoPipeline
 
-LONG = 120.0  # seconds from which a run is announced
 DONE, SOME_FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -38,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         refuse_unknown(arguments)
         return run(parse(arguments))
-    except ValueError as error:
+    except (ValueError, MemoryError) as error:
         report(error, verbose)
         return REFUSED
     except KeyboardInterrupt:
@@ -82,17 +81,13 @@ def run(request: Request) -> int:
 
 def load(job: Job, line: ProgressLine | None) -> "VideoPipeline":
     """Load the model; before that, say how long things will take."""
-    from sgm.inference.estimate import bound_seconds, estimate_seconds, reading_seconds
+    from sgm.inference.estimate import announcement, reading_seconds
     from sgm.inference.pipeline import VideoPipeline
 
     options = job.settings.options
-    videos = len(job.inputs) * options.videos_per_image
-    if videos * bound_seconds(job.files, job.settings) > LONG:
-        seconds = estimate_seconds(job.files, job.settings)
-        if videos * seconds > LONG:
-            place = "this CPU" if options.device == "cpu" else f"this {options.device} device"
-            about = f"{job.files.spec.name} on {place}: about {duration(seconds)} a video"
-            print(about, file=sys.stderr)
+    about = announcement(job.files, job.settings, len(job.inputs) * options.videos_per_image)
+    if about:
+        print(about, file=sys.stderr)
     if line:
         reading = duration(reading_seconds(job.files.checkpoint))
         line.show(f"loading {job.files.checkpoint.name}, about {reading}")

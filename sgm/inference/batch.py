@@ -170,14 +170,16 @@ def _runs(job: Job, source: Path | str) -> Iterator[_Run]:
     """The videos of one picture.
 
     Raises:
-        ValueError: the picture cannot be read.
-        OSError: the same.
+        ValueError: the picture cannot be read, or its object not be told from the background.
+        OSError: it cannot be read.
     """
-    from sgm.inference.pictures import load_picture
+    from sgm.inference.pictures import isolate_object, load_picture
     from sgm.inference.pipeline import settings_for, video_seeds
 
     picture = load_picture(source)
     found = record.describe_input(source, picture)
+    if job.files.spec.orbit:
+        picture = isolate_object(picture)
     options = to_options(job.request)
     for seed in video_seeds(options):
         settings = settings_for(job.files, picture, options.replace(seed=seed, videos_per_image=1))
@@ -192,8 +194,6 @@ def _make(
     callback: "Callback | None",
     checkpoint_sha256: Sha256,
 ) -> Outcome:
-    import torch
-
     from sgm.device import device_name
 
     began = time.monotonic()
@@ -208,7 +208,7 @@ def _make(
             complete = record.with_checkpoint(run.described, checkpoint_sha256()) | made
             with _text_beside(path.with_suffix(".json"), json.dumps(complete, indent=2)):
                 video.save(path)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         logger.debug("%s failed", run.source, exc_info=True)
         return Outcome(run.source, error=error)
     return Outcome(run.source, path, time.monotonic() - began)

@@ -16,6 +16,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sgm.device import memory_errors
+from sgm.inference.memory import first_stage_dtype
+from sgm.inference.progress import duration
 from sgm.inference.settings import GUIDER_TARGETS, SAMPLER_TARGETS, ModelFiles, Settings
 from sgm.modules.autoencoding.temporal_ae import VideoDecoder
 from sgm.util import instantiate_from_config
@@ -23,6 +26,7 @@ from sgm.util import instantiate_from_config
 # Share of the rate of large matrix products that whole networks are taken to reach: convolutions,
 # normalisation and attention are slower. A rule of thumb: only the order of magnitude is meant.
 EFFICIENCY = 0.5
+LONG = 120.0  # seconds from which a run is announced
 BENCHMARK_SECONDS = 0.2
 BYTES_PER_WEIGHT = 2  # at least, in published files
 READ_SAMPLE = 16 << 20  # bytes
@@ -30,13 +34,30 @@ READ_SAMPLE = 16 << 20  # bytes
 _CALLS_PER_STEP = {SAMPLER_TARGETS["heun"]: 2, SAMPLER_TARGETS["dpmpp_2s_ancestral"]: 2}
 
 
+def announcement(files: ModelFiles, settings: Settings, videos: int) -> str | None:
+    """How long each of these videos will take, in a line; None where all together are soon made.
+
+    Raises:
+        MemoryError: the device has no room to measure its speed.
+    """
+    with memory_errors(f"{settings.options.device} has no room; free it or take another --device"):
+        if videos * bound_seconds(files, settings) <= LONG:
+            return None
+        seconds = estimate_seconds(files, settings)
+    if videos * seconds <= LONG:
+        return None
+    device = settings.options.device
+    place = "this CPU" if device == "cpu" else f"this {device} device"
+    return f"{files.spec.name} on {place}: about {duration(seconds)} a video"
+
+
 def estimate_seconds(files: ModelFiles, settings: Settings) -> float:
     """Seconds that one video will take on the device and in the type of ``settings``."""
     device, dtype = torch.device(str(settings.options.device)), _dtype(settings)
-    first_stage_dtype = torch.float32 if dtype == torch.float16 else dtype
+    decoder_dtype = first_stage_dtype(dtype)
     network, decoder = count_flops(files, settings)
-    rates = {each: matmul_rate(device, each) for each in {dtype, first_stage_dtype}}
-    return (network / rates[dtype] + decoder / rates[first_stage_dtype]) / EFFICIENCY
+    rates = {each: matmul_rate(device, each) for each in {dtype, decoder_dtype}}
+    return (network / rates[dtype] + decoder / rates[decoder_dtype]) / EFFICIENCY
 
 
 def bound_seconds(files: ModelFiles, settings: Settings) -> float:
@@ -104,9 +125,10 @@ def _network_flops(
     network: Any, first_stage: Any, config: dict[str, Any], settings: Settings
 ) -> float:
     t, params = settings.frames, config["params"]
+    width = params.get("context_dim")
     h, w = _latent_size(network, first_stage, settings)
     x = torch.empty(t, params["in_channels"], h, w)
-    context = torch.empty(t, 1, params["context_dim"])
+    context = torch.empty(t, 1, width) if width else None
     vector = torch.empty(t, params["adm_in_channels"]) if params.get("num_classes") else None
     with FlopCounterMode(display=False) as counter:
         network(

@@ -12,7 +12,7 @@ from textwrap import TextWrapper
 from typing import Any, Self
 
 from sgm.inference.files import is_address
-from sgm.inference.options import SamplingOptions, describe, option_fields
+from sgm.inference.options import GROUPS, SamplingOptions, describe, option_fields
 from sgm.inference.specs import SPECS
 
 FORMATS = ("mp4", "gif", "webp", "png")
@@ -164,7 +164,10 @@ def _request_fields() -> list[Field[Any]]:
 
 
 _REQUEST_KINDS: dict[str, str] = {f.name: f.metadata["kind"] for f in _request_fields()}
-_KINDS = {**_REQUEST_KINDS, **{f.name: f.metadata["kind"] for f in option_fields()}}
+_OPTION_KINDS: dict[str, str] = {
+    f.name: f.metadata["kind"] for group in GROUPS for f in option_fields(group)
+}
+_KINDS = _REQUEST_KINDS | _OPTION_KINDS
 
 
 def _unknown(flag: str) -> str:

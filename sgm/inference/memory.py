@@ -18,14 +18,18 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
 
 
+def first_stage_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of the autoencoders beside a U-Net of ``dtype``: in float16 they overflow."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def place(engine: DiffusionEngine, device: torch.device, dtype: torch.dtype) -> None:
     """Bring the parts that sampling uses to a device and type; the others stay where they are.
 
     The first stage's encoder and the condition autoencoder's decoder are not used: mapped from a
-    file, they are never read. In float16 the autoencoders overflow (black frames), so they run in
-    float32 then.
+    file, they are never read.
     """
-    autoencoder_dtype = torch.float32 if dtype == torch.float16 else dtype
+    autoencoder_dtype = first_stage_dtype(dtype)
     engine.model.to(device, dtype)
     _place(engine.first_stage_model, device, autoencoder_dtype, unused="encoder")
     for embedder in engine.conditioner.embedders:

@@ -21,6 +21,7 @@ FITS = ("cover", "contain", "stretch")
 OUTPUTS = ("frames", "numpy", "tensor", "latents")
 
 GROUPS = {"basic": "Options", "expert": "Expert options", "sv3d": "Options of the SV3D models"}
+# Options of the group "python" are the pipeline's alone: no front end offers them.
 
 
 def _option(kind: str, help: str, default: Any = None, group: str = "basic", **more: Any) -> Any:
@@ -137,7 +138,7 @@ class SamplingOptions:
         "What the pipeline returns: 8-bit frames, float arrays or tensors, or undecoded latents.",
         OUTPUTS,
         default="frames",
-        group="expert",
+        group="python",
     )
 
     elevations_deg: tuple[float, ...] | None = _option(
@@ -216,7 +217,7 @@ def expected(option: Option) -> str:
 
 
 def describe(width: int = 100) -> str:
-    """All options as plain text for a terminal of ``width`` columns."""
+    """The options of the command line as plain text for a terminal of ``width`` columns."""
     wrapper = TextWrapper(width=width, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(_describe_groups(wrapper))
 

@@ -112,7 +112,7 @@ def fit_picture(
     if mode == "cover":
         image = _resize(picture.image, size, _cover_box(picture.image, size))
     elif mode == "contain":
-        image = ImageOps.contain(picture.image, size, Image.Resampling.LANCZOS)
+        image = _resize(picture.image, _contained_size(picture.image, size))
     elif mode == "stretch":
         image = _resize(picture.image, size)
     else:
@@ -121,11 +121,35 @@ def fit_picture(
     return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1).contiguous()
 
 
+def isolate_object(picture: Picture) -> Picture:
+    """The picture with its background transparent: as it is, or else through ``rembg``.
+
+    Raises:
+        ValueError: a picture without transparency, where ``rembg`` is not installed or fails.
+    """
+    if picture.has_alpha:
+        return picture
+    try:
+        rembg = import_module("rembg")
+    except (ImportError, SystemExit):  # rembg exits where its own runtime is missing
+        raise ValueError(
+            f"{picture.name}: SV3D needs the object alone; give a picture with a transparent "
+            "background, or install rembg (pip install 'rembg[cpu]')"
+        ) from None
+    try:
+        image = cast("Image.Image", rembg.remove(picture.image)).convert("RGBA")
+    except Exception as error:  # of its model's download, its runtime, ...
+        raise ValueError(
+            f"{picture.name}: rembg cannot remove the background "
+            f"({error or type(error).__name__}); give a picture with a transparent one"
+        ) from error
+    return Picture(image, picture.name)
+
+
 def cut_out_object(picture: Picture, image_frame_ratio: float | None, size: int) -> Picture:
     """Centre the picture's object on a white square, as SV3D was trained.
 
-    The object is what is not fully transparent. A picture without transparency goes through the
-    package ``rembg`` first, if that is installed.
+    The object is what is not fully transparent in what :func:`isolate_object` gives.
 
     Args:
         picture: what `load_picture` gave.
@@ -136,14 +160,14 @@ def cut_out_object(picture: Picture, image_frame_ratio: float | None, size: int)
     Raises:
         ValueError: where there is no object, or no way to tell it from the background.
     """
-    image = picture.image if picture.has_alpha else _without_background(picture)
+    image = isolate_object(picture).image
     box = image.getchannel("A").getbbox()
     if box is None:
         raise ValueError(f"{picture.name}: fully transparent, so there is no object to show")
     found = image.crop(box)
     ratio = image_frame_ratio or max(found.size) / max(image.size)
     side = max(1, round(ratio * size))
-    found = ImageOps.contain(found, (side, side), Image.Resampling.LANCZOS)
+    found = _resize(found, _contained_size(found, (side, side)))
     return Picture(_on_background(found, (size, size), "white"), picture.name)
 
 
@@ -239,7 +263,7 @@ def _deep_to_bytes(values: Array) -> npt.NDArray[np.uint8]:
     White is the first of 1 (float only), 255 (not for 16 bits), 65535, 2^31 - 1 that the brightest
     pixel does not exceed; floats up to 2 count as highlights of a picture whose white is 1.
     """
-    if values.dtype == np.uint16:
+    if values.dtype.name == "uint16":  # in either order of bytes
         return _scale(values, 65535)
     if not np.isfinite(values).all():
         raise ValueError("holds values that are not finite")
@@ -297,6 +321,12 @@ def _cover_box(image: Image.Image, size: tuple[int, int]) -> tuple[float, float,
     return left, top, image.width - left, image.height - top
 
 
+def _contained_size(image: Image.Image, size: tuple[int, int]) -> tuple[int, int]:
+    """The largest size with the image's proportions in ``size``, of a pixel at least."""
+    scale = min(size[0] / image.width, size[1] / image.height)
+    return max(1, round(image.width * scale)), max(1, round(image.height * scale))
+
+
 def _resize(
     image: Image.Image,
     size: tuple[int, int],
@@ -311,14 +341,3 @@ def _on_background(image: Image.Image, size: tuple[int, int], background: str) -
     left, top = (size[0] - image.width) // 2, (size[1] - image.height) // 2
     canvas.alpha_composite(image.convert("RGBA"), (left, top))
     return canvas.convert("RGB")
-
-
-def _without_background(picture: Picture) -> Image.Image:
-    try:
-        rembg = import_module("rembg")
-    except (ImportError, SystemExit):  # rembg exits where its own runtime is missing
-        raise ValueError(
-            f"{picture.name}: SV3D needs the object alone; give a picture with a transparent "
-            "background, or install rembg (pip install 'rembg[cpu]')"
-        ) from None
-    return cast("Image.Image", rembg.remove(picture.image)).convert("RGBA")

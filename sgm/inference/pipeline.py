@@ -16,15 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sgm.checkpoint import load_checkpoint
-from sgm.device import default_device, parse_device
+from sgm.device import default_device, memory_errors, parse_device
 from sgm.inference.conditioning import embed, make_batch
-from sgm.inference.memory import default_dtype, place
+from sgm.inference.memory import default_dtype, first_stage_dtype, place
 from sgm.inference.options import SamplingOptions
 from sgm.inference.pictures import (
     Picture,
     Source,
     cut_out_object,
     fit_picture,
+    isolate_object,
     load_picture,
     native_size,
 )
@@ -34,6 +35,9 @@ from sgm.models.diffusion import DiffusionEngine
 from sgm.util import instantiate_from_config
 
 logger = logging.getLogger(__name__)
+
+# Types with a larger range, or finer steps, than the one that a result was not finite in.
+_WIDER = {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32"}
 
 Stage = Literal["encoding", "sampling", "decoding"]
 
@@ -111,7 +115,8 @@ class VideoPipeline:
             dtype: ``float32``, ``float16`` or ``bfloat16``; None for the best that is fast.
 
         Raises:
-            ValueError: unknown name, missing or unfit file, device that is not there.
+            ValueError: unknown name, missing or unfit file, device that is not there, other type.
+            MemoryError: the device is too small; the message says what to try.
         """
         return cls.load(find_model(name, config, ckpt_path), device, dtype)
 
@@ -123,8 +128,9 @@ class VideoPipeline:
         dtype: str | torch.dtype | None = None,
     ) -> Self:
         """Load a model whose files are found; arguments and errors as in :meth:`from_spec`."""
-        target = parse_device(device) if device else default_device()
-        number = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        asked = SamplingOptions.from_dict({"device": device, "dtype": dtype})
+        target = parse_device(asked.device) if asked.device else default_device()
+        number = getattr(torch, asked.dtype) if asked.dtype else None
         params = (files.config.get("params") or {}) | {"ckpt_path": None}
         with torch.device("meta"):
             engine = instantiate_from_config(files.config | {"params": params})
@@ -132,8 +138,12 @@ class VideoPipeline:
             raise ValueError(
                 f"expected a DiffusionEngine in the YAML, got {files.config['target']}"
             )
-        load_checkpoint(engine, files.checkpoint)
-        return cls(engine, files, target, number)
+        name = files.spec.name
+        with memory_errors(
+            f"{name} does not fit on {target}; try --dtype float16 or another --device"
+        ):
+            load_checkpoint(engine, files.checkpoint)
+            return cls(engine, files, target, number)
 
     @property
     def latent_channels(self) -> int:
@@ -158,12 +168,17 @@ class VideoPipeline:
             ValueError: options that contradict each other or the model.
         """
         options = options or SamplingOptions()
-        if options.device and torch.device(options.device).type != self.device.type:
+        if options.device and not self._is_on(options.device):
             raise ValueError(f"device is {self.device} in this pipeline, got {options.device}")
         if options.dtype and getattr(torch, options.dtype) != self.dtype:
             raise ValueError(f"dtype is {self.dtype} in this pipeline, got {options.dtype}")
         decided = options.replace(device=str(self.device), dtype=self.dtype)
         return settings_for(self.files, picture, decided)
+
+    def _is_on(self, device: str) -> bool:
+        """Whether a name means this pipeline's device; without a number, any of its kind does."""
+        kind, _, index = device.partition(":")
+        return kind == self.device.type and (not index or int(index) == (self.device.index or 0))
 
     def __call__(
         self,
@@ -190,17 +205,19 @@ class VideoPipeline:
 
         Raises:
             ValueError: a bad picture or option, or a result that is not finite.
+            MemoryError: the device is too small; the message says what to try.
             SamplingStopped: the callback ended the run.
         """
         picture = image if isinstance(image, Picture) else load_picture(image)
+        picture = isolate_object(picture) if self.spec.orbit else picture
         options = options or SamplingOptions()
-        results = [
-            self._one(picture, options.replace(seed=seed), callback, noise, latents)
-            for seed in video_seeds(options)
-        ]
+        with memory_errors("try fewer or smaller frames, or a smaller --decoding_t"):
+            results = [
+                self._one(picture, options.replace(seed=seed), callback, noise, latents)
+                for seed in video_seeds(options)
+            ]
         return results[0] if len(results) == 1 else results
 
-    @torch.inference_mode()
     def _one(
         self,
         picture: Picture,
@@ -215,20 +232,16 @@ class VideoPipeline:
         for name, given in (("noise", noise), ("latents", latents)):
             if given is not None and given.shape != shape:
                 raise ValueError(f"{name} must have the shape {shape}, got {tuple(given.shape)}")
-        if latents is None:
-            latents = self._sample(pixels, settings, noise, callback)
-        if options.output == "latents":
-            return latents
-        frames = self._decode(latents, settings, callback)
-        if self.spec.orbit:
-            frames[-1] = self._crop(pixels, settings)
-        match options.output:
-            case "tensor":
-                return (frames + 1) / 2
-            case "numpy":
-                return ((frames + 1) / 2).permute(0, 2, 3, 1).numpy()
-        levels = ((frames + 1) * 127.5).round_().to(torch.uint8)
-        return Video(np.ascontiguousarray(levels.permute(0, 2, 3, 1).numpy()), options.fps, latents)
+        with torch.inference_mode():
+            if latents is None:
+                latents = self._sample(pixels, settings, noise, callback)
+            if options.output != "latents":
+                frames = self._decode(latents, settings, callback)
+                if self.spec.orbit:
+                    frames[-1] = self._crop(pixels, settings)
+        # Outside of inference mode, copies and results are tensors that autograd takes.
+        latents = latents.clone()
+        return latents if options.output == "latents" else _in_form(frames, latents, options)
 
     def _prepare(self, picture: Picture, settings: Settings) -> Tensor:
         """The picture at the size of the video, padded to what the network takes: (3, h, w)."""
@@ -293,10 +306,7 @@ class VideoPipeline:
             callback=after_step,
         )
         if not torch.isfinite(latents).all():
-            raise ValueError(
-                f"the latents are not finite in {self.dtype}: try --dtype bfloat16 or float32, "
-                "or lower --max_guidance"
-            )
+            raise ValueError(_not_finite("latents", self.dtype))
         return latents
 
     def _decode(self, latents: Tensor, settings: Settings, callback: Callback | None) -> Tensor:
@@ -308,7 +318,7 @@ class VideoPipeline:
             latents.to(self.device, torch.float32), settings.options.decoding_t
         ):
             if not torch.isfinite(part).all():
-                raise ValueError("the decoded frames are not finite: try --dtype float32")
+                raise ValueError(_not_finite("decoded frames", first_stage_dtype(self.dtype)))
             parts.append(self._crop(part, settings).clamp(-1, 1).float().cpu())
             done += len(part)
             _report(callback, Progress("decoding", done, total))
@@ -328,6 +338,26 @@ def settings_for(files: ModelFiles, picture: Picture, options: SamplingOptions) 
 def video_seeds(options: SamplingOptions) -> list[int]:
     """The seed of each video of a picture: consecutive numbers, so each can be made alone."""
     return [(options.seed + k) % 2**63 for k in range(options.videos_per_image)]
+
+
+def _in_form(frames: Tensor, latents: Tensor, options: SamplingOptions) -> Any:
+    """Frames (t, 3, h, w) in [-1, 1] in the form that ``options.output`` names."""
+    match options.output:
+        case "tensor":
+            return (frames + 1) / 2
+        case "numpy":
+            return ((frames + 1) / 2).permute(0, 2, 3, 1).numpy()
+    levels = ((frames + 1) * 127.5).round_().to(torch.uint8)
+    return Video(np.ascontiguousarray(levels.permute(0, 2, 3, 1).numpy()), options.fps, latents)
+
+
+def _not_finite(what: str, dtype: torch.dtype) -> str:
+    """A message with the advice that helps in this type."""
+    wider = f"try --dtype {_WIDER[dtype]}, or " if dtype in _WIDER else ""
+    return (
+        f"the {what} are not finite in {dtype}: {wider}lower --max_guidance "
+        "(given noise, latents or weights that are not finite give this too)"
+    )
 
 
 def _report(callback: Callback | None, progress: Progress) -> None:

@@ -5,7 +5,9 @@ Nothing here needs weights, so that impossible wishes are refused before a model
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
+from reprlib import repr as short_repr
 from typing import Any, cast
 
 from omegaconf import OmegaConf
@@ -23,6 +25,7 @@ _DISCRETIZATION = {
     "target": "sgm.modules.diffusionmodules.discretizer.EDMDiscretization",
     "params": {"sigma_max": 700.0},
 }
+_PARTS = ("network_config", "first_stage_config", "conditioner_config", "denoiser_config")
 SAMPLER_TARGETS = {
     "euler": f"{_SAMPLING}.EulerEDMSampler",
     "heun": f"{_SAMPLING}.HeunEDMSampler",
@@ -44,19 +47,50 @@ def read_config(path: str | Path) -> Config:
     """Read the ``model`` section of a YAML as plain dictionaries.
 
     Raises:
-        ValueError: no such file, no YAML, or no ``model`` with a ``target`` in it.
+        ValueError: no such file, no YAML, or no ``model`` with all its parts in it.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"config {str(path)!r}: no such file")
     try:
         config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as exc:
+        return _model_section(config)
+    except (YAMLError, OmegaConfBaseException, ValueError) as exc:
         raise ValueError(f"config {str(path)!r}: {str(exc).splitlines()[0]}") from exc
-    model = config.get("model") if isinstance(config, dict) else None
-    if not isinstance(model, dict) or "target" not in model:
-        raise ValueError(f"config {str(path)!r}: expected 'model' with a 'target' in it")
-    return cast(Config, model)
+
+
+def _model_section(config: Any) -> Config:
+    """The model of a YAML, in which everything that is looked up without it being built is there.
+
+    Raises:
+        ValueError: something is missing, or is no mapping.
+    """
+    model = _built(config if isinstance(config, dict) else {}, "model")
+    params = _mapping(model, "params")
+    for part in _PARTS:
+        _built(params, part)
+    if params.get("sampler_config") is not None:
+        sampler = _mapping(_built(params, "sampler_config"), "params")
+        if sampler.get("guider_config") is not None:
+            _built(sampler, "guider_config")
+    return model
+
+
+def _built(parent: Config, name: str) -> Config:
+    """An entry from which something is built."""
+    entry = _mapping(parent, name)
+    if "target" not in entry:
+        raise ValueError(f"expected {name!r} with a 'target' in it")
+    _mapping(entry, "params")
+    return entry
+
+
+def _mapping(parent: Config, name: str) -> Config:
+    """An entry of names and values; empty where it is not given."""
+    entry = parent.get(name)
+    if not isinstance(entry, dict | None):
+        raise ValueError(f"expected {name!r} to hold names and values, got {short_repr(entry)}")
+    return cast(Config, entry or {})
 
 
 @dataclass(frozen=True)
@@ -248,17 +282,39 @@ def _guider_config(options: SamplingOptions, base: Mapping[str, Any], spec: Mode
         raise ValueError(
             "min_guidance and max_guidance need a guidance_shape here: the config has no guidance"
         )
-    changes = {"min_scale": options.min_guidance, "max_scale": options.max_guidance}
-    if target == GUIDER_TARGETS["constant"]:
-        changes = {"scale": options.max_guidance}
-        if options.min_guidance is not None:
-            raise ValueError("min_guidance has no meaning with constant guidance: use max_guidance")
-    elif target == GUIDER_TARGETS["none"]:
-        changes = {}
-    params |= {key: value for key, value in changes.items() if value is not None}
-    if params.get("min_scale", 0.0) > params.get("max_scale", float("inf")):
-        raise ValueError(
-            f"min_guidance must not exceed max_guidance, "
-            f"got {params['min_scale']} and {params['max_scale']}"
-        )
+    if target != GUIDER_TARGETS["none"]:
+        params |= _scales(options, target, params)
     return {"target": target, "params": params}
+
+
+def _scales(options: SamplingOptions, target: str, params: Config) -> Config:
+    """The scales that the flags give a guider, which has to know them.
+
+    Raises:
+        ValueError: it does not, or the lowest would exceed the highest.
+    """
+    from sgm.util import get_obj_from_str  # PyTorch, for guidance flags alone
+
+    constant = target == GUIDER_TARGETS["constant"]
+    if constant and options.min_guidance is not None:
+        raise ValueError("min_guidance has no meaning with constant guidance: use max_guidance")
+    asked = {
+        "min_scale": options.min_guidance,
+        "scale" if constant else "max_scale": options.max_guidance,
+    }
+    scales = {name: value for name, value in asked.items() if value is not None}
+    known = signature(get_obj_from_str(target)).parameters
+    if not scales.keys() <= known.keys():
+        guider = target.rpartition(".")[2]
+        raise ValueError(
+            f"min_guidance and max_guidance mean nothing to the config's {guider}: "
+            "leave them out, or give a guidance_shape as well"
+        )
+    defaults = {
+        name: each.default for name, each in known.items() if each.default is not each.empty
+    }
+    final = defaults | params | scales
+    lowest, highest = final.get("min_scale", 0.0), final.get("max_scale", float("inf"))
+    if lowest > highest:
+        raise ValueError(f"min_guidance must not exceed max_guidance, got {lowest} and {highest}")
+    return scales

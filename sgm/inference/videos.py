@@ -104,6 +104,15 @@ def _whole(path: Path) -> Iterator[Path]:
 def _write_mp4(frames: Frames, path: Path, fps: Fraction) -> None:
     import av  # 0.2 s, and needed for this format alone
 
+    try:
+        _encode_h264(frames, path, fps)
+    except av.FFmpegError as error:  # of which not all are errors of the system
+        raise OSError(f"the mp4 cannot be written: {error.strerror}") from error
+
+
+def _encode_h264(frames: Frames, path: Path, fps: Fraction) -> None:
+    import av
+
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream("libx264", rate=fps, options=MP4_QUALITY)
         stream.height, stream.width = frames.shape[1:3]

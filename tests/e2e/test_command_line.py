@@ -135,7 +135,8 @@ def test_the_script_itself_exits_with_the_code():
         (["--height=65"], "mp4 needs an even height and width, got 65x64; the nearest is 64x64"),
         (["--azimuths_deg=1,2"], "azimuths_deg must hold 4 angles, got 2"),
         (["--device=tpu"], "device 'tpu' is not available here"),
-        (["--output=latents"], "output must be frames on the command line"),
+        (["--device=meta"], "device 'meta' is not available here"),
+        (["--output=latents"], "unknown flag --output"),
         (["--output_folder=photos/a.png"], "output_folder 'photos/a.png': File exists"),
     ],
 )
@@ -384,6 +385,36 @@ def test_interrupt_while_writing_leaves_nothing(place, monkeypatch):
 
 
 def test_a_long_run_is_announced(place, capsys, monkeypatch):
-    monkeypatch.setattr("scripts.sampling.simple_video_sample.LONG", 1e-9)
+    monkeypatch.setattr("sgm.inference.estimate.LONG", 1e-9)
     assert sample("photos/a.png", "--device=cpu") == 0
     assert "svd_tiny on this CPU: about " in capsys.readouterr().err
+
+
+def test_too_little_memory_is_one_line(place, capsys, monkeypatch):
+    """Caught: a traceback; while sampling, a run that ends with the first video."""
+    full = RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    def fail(*_args, **_options):
+        raise full
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sgm.inference.pipeline.load_checkpoint", fail)
+        assert sample("photos") == 2
+    assert "error: out of memory: svd_tiny does not fit on cpu; try" in capsys.readouterr().err
+    monkeypatch.setattr("sgm.inference.pipeline.embed", fail)
+    assert sample("photos") == 1
+    printed = capsys.readouterr().err
+    assert printed.count("error: out of memory: try fewer or smaller frames, or a smaller") == 2
+    assert "Traceback" not in printed
+    assert names() == []
+
+
+def test_a_picture_without_an_object_is_refused_before_the_model_is_loaded(
+    place, capsys, monkeypatch
+):
+    """Caught: minutes of loading for an orbit that cannot be made."""
+    monkeypatch.setitem(sys.modules, "rembg", None)
+    (place / "checkpoints" / "sv3d_u.safetensors").write_bytes(b"not read")
+    OmegaConf.save(tiny_config(), place / "configs" / "sv3d_u.yaml")
+    assert sample("photos/a.png", "--version=sv3d_u") == 1
+    assert "SV3D needs the object alone" in capsys.readouterr().err

@@ -138,6 +138,39 @@ def test_given_latents_are_decoded_as_they_are(pipeline):
     assert np.array_equal(again.frames, pipeline(picture(), QUICK).frames)
 
 
+@pytest.mark.parametrize("output", ["latents", "tensor"])
+def test_results_are_tensors_that_autograd_takes(pipeline, output):
+    """Caught: tensors of inference mode."""
+    made = pipeline(picture(), QUICK.replace(output=output))
+    weight = torch.ones((), requires_grad=True)
+    (made * weight).sum().backward()
+    assert weight.grad == pytest.approx(made.sum().item(), rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["foo", "float64", torch.float64])
+def test_another_type_is_refused_before_anything_is_looked_at(pipeline, dtype):
+    with pytest.raises(ValueError, match="dtype must be one of float32, float16, bfloat16, got"):
+        VideoPipeline.load(pipeline.files, "cpu", dtype)
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "fits"),
+    [
+        *(("cpu", "cpu", True), ("cpu", "tpu", False), ("cpu", "cuda", False)),
+        *(("cuda:0", "cuda", True), ("cuda:0", "cuda:0", True), ("cuda:0", "cuda:1", False)),
+        *(("cuda", "cuda:0", True), ("cuda:1", "cuda", True), ("cuda:1", "cuda:0", False)),
+    ],
+)
+def test_options_of_another_device_are_refused(pipeline, monkeypatch, own, asked, fits):
+    """Caught: a run on the first GPU for options that name the second."""
+    monkeypatch.setattr(pipeline, "device", torch.device(own))
+    if fits:
+        assert pipeline.settings(picture(), QUICK.replace(device=asked)).options.device == own
+    else:
+        with pytest.raises(ValueError, match=f"device is {own} in this pipeline, got {asked}"):
+            pipeline.settings(picture(), QUICK.replace(device=asked))
+
+
 def test_a_seed_means_the_same_beside_others(pipeline):
     _, second = pipeline(picture(), QUICK.replace(videos_per_image=2, seed=30))
     assert np.array_equal(second.frames, pipeline(picture(), QUICK.replace(seed=31)).frames)

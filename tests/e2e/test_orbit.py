@@ -1,9 +1,13 @@
 """SV3D, from a picture with transparency to the views around its object, on a tiny model."""
 
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 from safetensors.torch import save_file
 
 from sgm.inference import SamplingOptions, VideoPipeline
@@ -76,9 +80,23 @@ def test_camera_reaches_the_network(pipeline):
 
 
 def test_a_picture_without_transparency_needs_the_background_removed(pipeline, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "rembg", None)
+    monkeypatch.setitem(sys.modules, "rembg", None)
     with pytest.raises(ValueError, match="rembg"):
         pipeline(thing()[..., :3], QUICK)
+
+
+def test_the_background_of_a_picture_is_removed_once(pipeline, monkeypatch):
+    """Caught: rembg called for every video of a picture."""
+    calls = []
+
+    def remove(image):
+        calls.append(image)
+        return Image.fromarray(thing())
+
+    monkeypatch.setitem(sys.modules, "rembg", SimpleNamespace(remove=remove))
+    videos = pipeline(thing()[..., :3], QUICK.replace(videos_per_image=2))
+    assert len(calls) == 1
+    assert np.array_equal(videos[0].frames, pipeline(thing(), QUICK).frames)
 
 
 def test_callback_sees_every_step_and_can_stop(pipeline):
@@ -105,9 +123,19 @@ def test_outputs_are_the_same_video_in_other_forms(pipeline):
     assert np.array_equal(pipeline(thing(), QUICK, latents=latents).frames, frames)
 
 
-def test_what_is_not_finite_is_an_error_and_no_black_video(pipeline):
+@pytest.mark.parametrize(
+    ("dtype", "advice"),
+    [
+        (torch.float16, "torch.float16: try --dtype bfloat16 or float32, or lower"),
+        (torch.bfloat16, "torch.bfloat16: try --dtype float32, or lower"),
+        (torch.float32, "torch.float32: lower --max_guidance"),
+    ],
+)
+def test_what_is_not_finite_is_an_error_and_no_black_video(pipeline, monkeypatch, dtype, advice):
+    """Caught: a black video; the advice to take the type that it is in already."""
     noise = torch.full((FRAMES, 4, 16, 16), float("nan"))
-    with pytest.raises(ValueError, match=r"not finite.*--dtype"):
+    monkeypatch.setattr(pipeline, "dtype", dtype)
+    with pytest.raises(ValueError, match=f"the latents are not finite in {advice}"):
         pipeline(thing(), QUICK, noise=noise)
 
 

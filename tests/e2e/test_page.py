@@ -1,6 +1,7 @@
 """The page with the real pipeline, on the random one-second model."""
 
 import io
+import os
 from pathlib import Path
 
 import av
@@ -175,12 +176,23 @@ def test_bad_picture_is_one_line_and_keeps_the_options(page):
 
 
 def test_model_is_loaded_once(page):
-    # Catches: weights read again at every press of the button.
+    # Catches: weights read again at every press of the button; a replaced file that is not.
+    weights = Path("checkpoints/svd_tiny.safetensors")
     make(page)
-    Path("checkpoints/svd_tiny.safetensors").unlink()
-    Path("checkpoints/svd_tiny.safetensors").write_bytes(b"not read")
+    modified = weights.stat().st_mtime_ns
+    weights.unlink()
+    weights.write_bytes(b"no weights")
+    os.utime(weights, ns=(modified, modified))
     page.number_input("seed").set_value(24)
     assert not make(page).error
+    os.utime(weights, ns=(modified, modified + 1))
+    assert make(page).error
+
+
+def test_a_long_run_is_announced(page, monkeypatch):
+    monkeypatch.setattr("sgm.inference.estimate.LONG", 1e-9)
+    shown = [text.value for text in make(page).markdown]
+    assert any(text.startswith("svd_tiny on this ") and "a video" in text for text in shown)
 
 
 def test_without_weights_the_page_says_what_to_do(place):

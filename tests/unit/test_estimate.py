@@ -2,12 +2,15 @@
 
 import io
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
 
+from sgm.device import memory_errors, parse_device
+from sgm.inference import estimate
 from sgm.inference.estimate import (
     bound_seconds,
     count_flops,
@@ -84,14 +87,14 @@ def test_calls_of_the_network(files, options, calls):
 def test_estimate_is_of_the_order_of_a_run(files):
     """Within a factor of ten of a run large enough to be bound by its arithmetic."""
     options = settings(files, num_frames=4, num_steps=3, height=192, width=192).options
-    estimate = estimate_seconds(files, settings(files, **options.to_dict()))
+    estimated = estimate_seconds(files, settings(files, **options.to_dict()))
     pipeline = VideoPipeline.load(files, "cpu", "float32")
     picture = np.zeros((64, 64, 3), dtype=np.uint8)
     began = time.perf_counter()
     pipeline(picture, options)
     measured = time.perf_counter() - began
-    assert measured / 10 < estimate < measured * 10
-    assert bound_seconds(files, settings(files, **options.to_dict())) > estimate
+    assert measured / 10 < estimated < measured * 10
+    assert bound_seconds(files, settings(files, **options.to_dict())) > estimated
 
 
 def test_rates_are_plausible(files):
@@ -132,3 +135,58 @@ def test_remaining_time_is_that_of_the_steps_so_far():
         "2/3: sampling 2/3, 10 s left",
         "2/3: sampling 3/3",
     ]
+
+
+def test_long_runs_alone_are_announced(files, monkeypatch):
+    run = settings(files, num_frames=2, num_steps=1)
+    assert estimate.announcement(files, run, videos=1) is None
+    monkeypatch.setattr(estimate, "LONG", 1e-9)
+    assert "svd_tiny on this CPU: about " in (estimate.announcement(files, run, videos=1) or "")
+
+
+def test_a_network_without_context_can_be_counted(files):
+    """Caught: a KeyError for a parameter that the network need not be given.
+
+    Attention to the one token of the context becomes attention among all, which costs more.
+    """
+    config = tiny_config(**{"network_config.params.context_dim": None})
+    model = OmegaConf.to_container(config.model, resolve=True)
+    del model["params"]["network_config"]["params"]["context_dim"]
+    bare = replace(files, config=model)
+    assert count_flops(bare, settings(bare))[0] > count_flops(files, settings(files))[0]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8 GiB)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+        MemoryError(),
+    ],
+    ids=lambda error: str(error)[:20],
+)
+def test_every_lack_of_memory_is_one_kind_of_error(error):
+    """Caught: the plain RuntimeError of one device, left as a traceback."""
+    with (
+        pytest.raises(MemoryError, match=r"^out of memory: take less$"),
+        memory_errors("take less"),
+    ):
+        raise error
+
+
+def test_other_errors_pass():
+    with pytest.raises(RuntimeError, match="size mismatch"), memory_errors("take less"):
+        raise RuntimeError("size mismatch")
+
+
+def test_a_real_allocation_that_fails_is_known():
+    with pytest.raises(MemoryError, match="take less"), memory_errors("take less"):
+        torch.empty(2**60)
+
+
+def test_a_device_that_holds_no_values_is_refused():
+    """Caught: meta, on which everything seems to work until the first value is read."""
+    with pytest.raises(ValueError, match="device 'meta' is not available here"):
+        parse_device("meta")

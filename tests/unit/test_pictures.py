@@ -6,6 +6,7 @@ import threading
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,13 @@ import torch
 from PIL import Image
 
 from sgm.inference import pictures
-from sgm.inference.pictures import cut_out_object, fit_picture, load_picture, native_size
+from sgm.inference.pictures import (
+    cut_out_object,
+    fit_picture,
+    isolate_object,
+    load_picture,
+    native_size,
+)
 
 GREYS = np.array([0, 85, 170, 255])
 COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [250, 200, 100]])
@@ -519,3 +526,40 @@ def test_without_alpha_and_rembg_the_way_out_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "rembg", None)  # as if it were not installed
     with pytest.raises(ValueError, match=r"transparent background, or install rembg"):
         cut_out_object(load_picture(np.zeros((8, 8))), 1.0, 64)
+
+
+@pytest.mark.parametrize("mode", ["cover", "contain", "stretch"])
+@pytest.mark.parametrize("shape", [(1, 10000), (10000, 1)])
+def test_a_very_thin_picture_is_still_seen(mode, shape):
+    """Caught: a contained side that rounds to nothing, which shows the background alone."""
+    pixels = fit_picture(load_picture(np.zeros(shape, np.uint8)), 64, 64, mode, "white")
+    assert pixels.shape == (3, 64, 64)
+    assert pixels.min() == -1
+    whole = 64 if mode == "contain" else 64 * 64
+    assert (pixels[0] == -1).sum() == whole
+
+
+def test_a_very_thin_object_is_still_seen():
+    line = np.zeros((9, 10000, 4), np.uint8)
+    line[4, :, 3] = 255
+    seen = np.asarray(cut_out_object(load_picture(line), 1.0, 64).image)
+    assert (seen == 0).any()
+
+
+def test_16_bits_in_either_order_of_bytes(tmp_path):
+    """Caught: a dark big-endian picture taken for one of another range, brightened by 257."""
+    values = np.arange(0, 200, dtype=">u2").reshape(10, 20)
+    Image.frombytes("I;16B", (20, 10), values.tobytes()).save(tmp_path / "dark.tiff")
+    with Image.open(tmp_path / "dark.tiff") as stored:
+        assert stored.mode == "I;16B"
+    assert np.asarray(load_picture(tmp_path / "dark.tiff").image).max() == 1
+    assert np.asarray(load_picture(values).image).max() == 1
+
+
+def test_what_rembg_cannot_do_is_one_line(monkeypatch):
+    def remove(image):
+        raise RuntimeError("no model")
+
+    monkeypatch.setitem(sys.modules, "rembg", SimpleNamespace(remove=remove))
+    with pytest.raises(ValueError, match=r"rembg cannot remove the background \(no model\)"):
+        isolate_object(load_picture(np.zeros((8, 8))))

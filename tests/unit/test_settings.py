@@ -1,11 +1,13 @@
 """Flags, YAML and row: who decides about sampler and guidance."""
 
 import pytest
+from omegaconf import OmegaConf
 
 from sgm.inference.options import SamplingOptions
-from sgm.inference.settings import GUIDER_TARGETS, SAMPLER_TARGETS, resolve
+from sgm.inference.settings import GUIDER_TARGETS, SAMPLER_TARGETS, read_config, resolve
 from sgm.inference.specs import SPECS
 from sgm.util import instantiate_from_config
+from tests.tiny import tiny_config
 
 GUIDERS = "sgm.modules.diffusionmodules.guiders"
 
@@ -82,3 +84,44 @@ def test_no_guidance_is_the_identity():
 def test_contradictions_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         resolved(yaml_sampler(), **options)
+
+
+@pytest.mark.parametrize("flag", ["min_guidance", "max_guidance"])
+def test_scales_are_refused_where_the_guider_of_the_yaml_knows_none(flag):
+    """Caught: a parameter that the guider refuses only when the model has been loaded."""
+    guider = {"target": f"{GUIDERS}.PerFrameGuider", "params": {"scales": [1.0, 2.0]}}
+    with pytest.raises(ValueError, match="mean nothing to the config's PerFrameGuider"):
+        resolved(yaml_sampler(guider=guider), **{flag: 2.0})
+    shaped = resolved(yaml_sampler(guider=guider), guidance_shape="linear", **{flag: 2.0})
+    assert min(scales(shaped)) <= 2.0 <= max(scales(shaped))
+
+
+def test_a_scale_that_only_the_guider_knows_counts_in_the_comparison():
+    """Caught: a triangle turned over by a highest scale below the guider's default of 1."""
+    guider = {"target": GUIDER_TARGETS["triangle"], "params": {"max_scale": 2.5}}
+    with pytest.raises(ValueError, match=r"must not exceed max_guidance, got 1.0 and 0.5"):
+        resolved(yaml_sampler(guider=guider), max_guidance=0.5)
+    lower = resolved(yaml_sampler(guider=guider), min_guidance=0.0, max_guidance=0.5)
+    assert scales(lower) == [0.0, 0.25, 0.5, 0.25, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"params": None}, "expected 'network_config' with a 'target' in it"),
+        ({"params": [1]}, r"expected 'params' to hold names and values, got \[1\]"),
+        ({"params.sampler_config": "euler"}, "expected 'sampler_config' to hold names and values"),
+        ({"params.sampler_config.params": 3}, "expected 'params' to hold names and values, got 3"),
+        ({"params.sampler_config.params.guider_config": {}}, "expected 'guider_config' with a"),
+        ({"params.denoiser_config": None}, "expected 'denoiser_config' with a 'target' in it"),
+        ({"params.network_config": ["x"]}, "expected 'network_config' to hold names and values"),
+    ],
+)
+def test_a_config_of_another_form_is_refused_when_it_is_read(tmp_path, changes, words):
+    """Caught: a KeyError or AttributeError where the missing part is looked up."""
+    config = tiny_config()
+    for path, value in changes.items():
+        OmegaConf.update(config, f"model.{path}", value, merge=False)
+    OmegaConf.save(config, tmp_path / "model.yaml")
+    with pytest.raises(ValueError, match=rf"^config '.*model.yaml': {words}"):
+        read_config(tmp_path / "model.yaml")

@@ -157,3 +157,15 @@ def test_an_interruption_just_before_the_renaming_leaves_nothing(tmp_path, monke
     with pytest.raises(KeyboardInterrupt):
         write_video(waves(2), tmp_path / f"new{suffix}", 7)
     assert names(tmp_path) == []
+
+
+def test_what_ffmpeg_refuses_is_an_error_of_the_system(tmp_path, monkeypatch):
+    """Caught: PyAV's own errors, of which some are no OSError: a run would end in a traceback."""
+
+    def refuse(*_args, **_options):
+        raise av.error.ExternalError(1, "Generic error in an external library")
+
+    monkeypatch.setattr(av, "open", refuse)
+    with pytest.raises(OSError, match="the mp4 cannot be written: Generic error"):
+        write_video(waves(2), tmp_path / "a.mp4", 7)
+    assert names(tmp_path) == []
