@@ -4,8 +4,9 @@
     python main.py --base configs/training/svd_tiny.yaml --resume
 
 A recipe has the sections model, training (task, optim), data and lightning (trainer, save,
-callbacks). Later files win over earlier ones, key=value arguments over all files. A run keeps its
-state in its folder; --resume continues it, also after a kill, with the same loss curve.
+callbacks). Later files win over earlier ones, key=value arguments over all files; +key=value adds
+a key that they do not have. A run keeps its state in its folder; --resume continues it, also after
+a kill, with the same loss curve.
 """
 
 import argparse
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print("error: training needs Lightning: pip install pytorch-lightning", file=sys.stderr)
         return 2
-    except ValueError as exc:
+    except (OSError, ValueError) as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2
     print(f"averaged weights: {weights}")

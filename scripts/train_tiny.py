@@ -8,7 +8,8 @@
 
 Needs torch, numpy, einops, safetensors and omegaconf (the unet stage: open_clip as well). Every
 stage can be stopped at any moment; the same command continues it. Settings stand in
-configs/training/*.yaml; key=value arguments override them, such as training.plan.minutes=90.
+configs/training/*.yaml; key=value arguments override them, such as training.plan.minutes=90, and
++key=value adds to them.
 """
 
 import argparse
@@ -47,10 +48,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="of export",
     )
     parser.add_argument("--minutes", type=float, help="stop this call after so many minutes")
-    carried = "states of all stages in half precision, in files of at most 16 MB; "
-    parser.add_argument("--from-parts", type=Path, metavar="DIR", help=carried + "continue them")
+    moved = "to move a run between machines in small files: "
     parser.add_argument(
-        "--to-parts", type=Path, metavar="DIR", help=carried + "write them at the end"
+        "--from-parts", type=Path, metavar="DIR", help=moved + "continue the states in them"
+    )
+    parser.add_argument(
+        "--to-parts", type=Path, metavar="DIR", help=moved + "write all stages' states at the end"
     )
     parser.add_argument("--device", help="torch device; default: the accelerator if any, else cpu")
     parser.add_argument("--threads", type=int, help="CPU threads of torch")
@@ -69,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     try:
         done = work(args)
-    except ValueError as exc:
+    except (OSError, ValueError) as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2
     print(f"{args.stage}: {'done' if done else 'to be continued by the same command'}")
@@ -78,13 +81,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def work(args: argparse.Namespace) -> bool:
     """Do what the command line asks; say whether the stage is complete."""
-    import torch
-
-    from sgm.device import default_device, has_fast_bfloat16
+    from sgm.device import default_device, has_fast_bfloat16, parse_device
     from sgm.training import parts, stages
     from sgm.training.recipe import load_recipe
 
-    device = torch.device(args.device) if args.device else default_device()
+    device = parse_device(args.device) if args.device else default_device()
     automatic = args.precision == "auto" and has_fast_bfloat16(device)
     photos = [f"data.dataset.params.photos={args.photos}"] if args.photos else []
     recipe = args.recipe or ROOT / "configs" / "training" / RECIPES[args.stage]

@@ -10,7 +10,28 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from sgm.util import default
+
 logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def latent_modes(engine: Any, frames: Tensor) -> Tensor:
+    """Encode frames without a draw: (n, 3, h, w) in [-1, 1] -> scaled modes (n, z, h / f, w / f).
+
+    Args:
+        engine: a `DiffusionEngine`; it says how many frames are encoded at once.
+        frames: on its device.
+
+    Returns:
+        The latents in float32.
+    """
+    at_once = default(engine.en_and_decode_n_samples_a_time, len(frames))
+    moments = [
+        engine.first_stage_model.encode(part, unregularized=True)[0].float()
+        for part in frames.split(at_once)
+    ]
+    return engine.scale_factor * torch.cat(moments).chunk(2, dim=1)[0]
 
 
 @torch.no_grad()
@@ -60,14 +81,12 @@ def encode_clips(
 
 
 def _encode(engine: Any, item: dict[str, Tensor], bfloat16: bool) -> dict[str, Tensor]:
-    stage = engine.first_stage_model
-    frames = item["frames"].to(next(stage.parameters()).device)
+    frames = item["frames"].to(next(engine.parameters()).device)
     with torch.autocast(frames.device.type, torch.bfloat16, enabled=bfloat16):
-        moments, _ = stage.encode(frames, unregularized=True)
-    mode = moments.float().chunk(2, dim=1)[0]
+        modes = latent_modes(engine, frames)
     numbers = {key: value for key, value in item.items() if key != "frames"}
     return numbers | {
-        "latents": (engine.scale_factor * mode).half().cpu(),
+        "latents": modes.half().cpu(),
         "first_frame": ((item["frames"][0] + 1) * 127.5).round().clamp(0, 255).byte(),
     }
 

@@ -1,7 +1,7 @@
-"""A run's state without its optimiser, in half precision and in small files, to carry elsewhere.
+"""A run's state without its optimiser, to move a run between machines in small files.
 
-A machine that is lent for minutes gives back a few files of limited size. What these hold is enough
-to go on: the trained weights, their average, the step. The optimiser starts anew, with a warm-up.
+They hold, in half precision, what is enough to go on: the trained weights, their average, the step.
+The optimiser starts anew, with a warm-up.
 """
 
 import json

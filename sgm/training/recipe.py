@@ -1,17 +1,23 @@
 """Recipes: YAML files that say what is trained, on what, and how.
 
 A recipe may name another file under ``include`` (a path beside it); what stands in the recipe wins.
-``key=value`` overrides come last. The sections are `model` (as for sampling), `engine` (the part
-of it that is trained; by default all), `training` (seed, task, optim), `data` and `lightning`.
+``key=value`` overrides of what is there come last, ``+key=value`` adds to it. The sections are
+`model` (as for sampling), `engine` (the part of it that is trained; by default all), `training`
+(seed, task, optim), `data` and `lightning`; `sgm.training.settings` has the keys of the last three.
 """
 
 from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
+
+T = TypeVar("T")
+
+_ABSENT = object()
 
 
 def load_recipe(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> DictConfig:
@@ -19,19 +25,19 @@ def load_recipe(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> D
 
     Args:
         paths: YAML files.
-        overrides: ``section.key=value`` strings.
+        overrides: ``section.key=value`` strings; those of a new key begin with ``+``.
 
     Raises:
-        ValueError: a file is missing or not YAML, or an override has no ``=``.
+        ValueError: a file is missing or not YAML, or an override has no ``=`` or an unknown key.
     """
-    bad = [o for o in overrides if "=" not in o or o.startswith("-")]
+    bad = [o for o in overrides if "=" not in o or o.startswith(("-", "="))]
     if bad:
         raise ValueError(f"expected overrides of the form key=value, got {' '.join(bad)}")
     try:
-        merged = OmegaConf.merge(*map(_read, paths), OmegaConf.from_dotlist(list(overrides)))
+        merged = cast(DictConfig, OmegaConf.merge(*map(_read, paths)))
     except OmegaConfBaseException as exc:
         raise ValueError(f"{', '.join(map(str, paths))}: {str(exc).splitlines()[0]}") from exc
-    return cast(DictConfig, merged)
+    return reduce(_override, overrides, merged)
 
 
 def section(recipe: DictConfig, name: str) -> dict[str, Any]:
@@ -51,9 +57,37 @@ def section(recipe: DictConfig, name: str) -> dict[str, Any]:
     return cast(dict[str, Any], plain)
 
 
+def typed(recipe: DictConfig, name: str, kind: type[T]) -> T:
+    """Return one section as the dataclass ``kind``, its values converted to the fields' types.
+
+    Raises:
+        ValueError: names the key that is missing, unknown or of a wrong type.
+    """
+    plain = section(recipe, name)
+    try:
+        return cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), plain)))
+    except OmegaConfBaseException as exc:
+        missing = isinstance(exc, MissingMandatoryValue)
+        reason = "expected a value, got none" if missing else str(exc).splitlines()[0]
+        key = f"{name}.{exc.full_key}" if exc.full_key else name
+        raise ValueError(f"{key}: {reason}") from exc
+
+
 def engine_config(recipe: DictConfig) -> dict[str, Any]:
     """Return the config of what is trained."""
     return section(recipe, "engine" if "engine" in recipe else "model")
+
+
+def _override(recipe: DictConfig, override: str) -> DictConfig:
+    """Set ``key=value`` where the recipe has the key, ``+key=value`` in any case."""
+    assignment = override.removeprefix("+")
+    key = assignment.partition("=")[0]
+    try:
+        if override == assignment and OmegaConf.select(recipe, key, default=_ABSENT) is _ABSENT:
+            raise ValueError(f"the recipe has no key '{key}'; to add it, write +{override}")
+        return cast(DictConfig, OmegaConf.merge(recipe, OmegaConf.from_dotlist([assignment])))
+    except (OmegaConfBaseException, YAMLError, TypeError) as exc:
+        raise ValueError(f"{override}: {str(exc).splitlines()[0]}") from exc
 
 
 def _read(path: str | Path) -> DictConfig:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from sgm.checkpoint import read_state_dict
@@ -15,8 +16,8 @@ from sgm.training.assemble import OTHER_SEED, measure_latents, start_from_first_
 from sgm.training.callbacks import JsonLog, LastCheckpoint
 from sgm.training.loop import batches
 from sgm.training.module import StepData, TrainingModule
-from sgm.training.optim import Optim
-from sgm.training.recipe import engine_config, section
+from sgm.training.recipe import engine_config, typed
+from sgm.training.settings import Data, Lightning, Training
 from sgm.training.tasks import ReconstructionTask
 from sgm.util import instantiate_from_config
 
@@ -47,22 +48,25 @@ def train(recipe: DictConfig, folder: Path, resume: bool) -> Path:
         resume: continue the run that stands there, from its start if it had not saved yet.
 
     Raises:
-        ValueError: the recipe lacks something, or the folder has a run and ``resume`` is false.
+        ValueError: something in the recipe is wrong or missing, or the folder has a run and
+            ``resume`` is false.
     """
     last = folder / "last.ckpt"
     if last.exists() and not resume:
         raise ValueError(f"{folder} has a run: continue it with --resume, or name another --logdir")
-    settings, lightning = section(recipe, "training"), section(recipe, "lightning")
-    if lightning["trainer"].get("max_steps", -1) < 1:
-        raise ValueError("lightning.trainer.max_steps: expected the number of steps of the run")
-    data = StepData(**_data_options(recipe), seed=settings["seed"])
-    module = _module(recipe, settings)
+    settings, lightning = typed(recipe, "training", Training), typed(recipe, "lightning", Lightning)
+    steps = lightning.trainer.get("max_steps")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"lightning.trainer.max_steps: expected the run's steps, got {steps!r}")
+    given = typed(recipe, "data", Data)
+    data = StepData(given.dataset, given.batch_size, given.workers, settings.seed)
+    module = _module(engine_config(recipe), settings)
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(recipe, folder / "recipe.yaml", resolve=True)
     with warnings.catch_warnings():
         for message in _EXPECTED:
             warnings.filterwarnings("ignore", message)
-        trainer = pl.Trainer(**_TRAINER | _trainer_options(lightning, folder))
+        trainer = _trainer(lightning, folder)
         trainer.fit(module, data, ckpt_path=last if last.exists() else None)
     weights = folder / "weights.safetensors"
     if trainer.is_global_zero:
@@ -70,33 +74,49 @@ def train(recipe: DictConfig, folder: Path, resume: bool) -> Path:
     return weights
 
 
-def _data_options(recipe: DictConfig) -> dict[str, Any]:
-    data = section(recipe, "data")
-    return {key: data[key] for key in ("dataset", "batch_size", "workers")}
+def _module(config: dict[str, Any], settings: Training) -> TrainingModule:
+    torch.manual_seed(settings.seed)
+    engine = instantiate_from_config(config).float()
+    if settings.first_stage:
+        start_from_first_stage(engine, read_state_dict(settings.first_stage))
+    task = instantiate_from_config(settings.task)
+    module = TrainingModule(engine, task, settings.optim, settings.seed)
+    if not (settings.first_stage or _names_weights(config) or _trains_encoder(engine)):
+        raise ValueError(
+            "the autoencoder would be random: give the weights of a trained one by "
+            "training.first_stage=FILE, or those of the whole model by model.params.ckpt_path=FILE"
+        )
+    return module
 
 
-def _module(recipe: DictConfig, settings: dict[str, Any]) -> TrainingModule:
-    torch.manual_seed(settings["seed"])
-    engine = instantiate_from_config(engine_config(recipe)).float()
-    if settings.get("first_stage"):
-        start_from_first_stage(engine, read_state_dict(settings["first_stage"]))
-    task = instantiate_from_config(settings["task"])
-    return TrainingModule(engine, task, Optim(**settings["optim"]), settings["seed"])
+def _names_weights(config: dict[str, Any]) -> bool:
+    """Whether the model, or its first stage, is loaded from a file."""
+    places = ("params.ckpt_path", "params.first_stage_config.params.ckpt_path")
+    return any(OmegaConf.select(OmegaConf.create(config), place) for place in places)
 
 
-def _trainer_options(lightning: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _trains_encoder(engine: Any) -> bool:
+    stage = getattr(engine, "first_stage_model", engine)
+    return any(p.requires_grad for p in stage.encoder.parameters())
+
+
+def _trainer(lightning: Lightning, folder: Path) -> pl.Trainer:
     callbacks = [
-        LastCheckpoint(folder, **lightning.get("save", {})),
-        JsonLog(folder, **lightning.get("log", {})),
-        *(instantiate_from_config(c) for c in lightning.get("callbacks", {}).values()),
+        LastCheckpoint(folder, lightning.save.steps, lightning.save.minutes),
+        JsonLog(folder, lightning.log.every),
+        *(instantiate_from_config(c) for c in lightning.callbacks.values()),
     ]
     own = any(isinstance(callback, pl.callbacks.ModelCheckpoint) for callback in callbacks)
-    return {
+    options = {
         "default_root_dir": folder,
         "enable_checkpointing": own,
         "callbacks": callbacks,
-        **lightning["trainer"],
+        **lightning.trainer,
     }
+    try:
+        return pl.Trainer(**_TRAINER | options)
+    except (MisconfigurationException, TypeError, ValueError) as exc:
+        raise ValueError(f"lightning.trainer: {' '.join(str(exc).split())}") from exc
 
 
 def _write_averages(module: TrainingModule, data: StepData, path: Path) -> None:

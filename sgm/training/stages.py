@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from sgm.training import assemble, snapshot
 from sgm.training.latents import LatentClips, encode_clips
 from sgm.training.loop import Plan, Run, batches
-from sgm.training.optim import Optim
-from sgm.training.recipe import engine_config, section
+from sgm.training.recipe import engine_config, section, typed
+from sgm.training.settings import Cache, Data, Training
 from sgm.util import instantiate_from_config
 
 logger = logging.getLogger(__name__)
@@ -42,9 +42,19 @@ class Stage:
     deadline: float | None = None
     bfloat16: bool = False
 
+    @property
+    def training(self) -> Training:
+        """The recipe's section `training`."""
+        return typed(self.recipe, "training", Training)
+
+    @property
+    def data(self) -> Data:
+        """The recipe's section `data`."""
+        return typed(self.recipe, "data", Data)
+
     def build(self) -> Any:
         """Build what the recipe trains, from the recipe's seed."""
-        torch.manual_seed(section(self.recipe, "training")["seed"])
+        torch.manual_seed(self.training.seed)
         return instantiate_from_config(engine_config(self.recipe))
 
     def state(self, name: str) -> dict[str, Any]:
@@ -53,13 +63,13 @@ class Stage:
 
     def run(self, name: str, engine: nn.Module) -> Run:
         """Put ``engine`` on the device, make a run of it in the folder ``name``, and resume it."""
-        settings = section(self.recipe, "training")
+        settings = self.training
         run = Run(
             engine=engine.to(self.device),
-            task=instantiate_from_config(settings["task"]),
-            optim=Optim(**settings["optim"]),
+            task=instantiate_from_config(settings.task),
+            optim=settings.optim,
             folder=self.out / name,
-            seed=settings["seed"],
+            seed=settings.seed,
             bfloat16=self.bfloat16,
         )
         resumed = run.resume()
@@ -68,16 +78,16 @@ class Stage:
 
     def dataset(self) -> Any:
         """Build the recipe's dataset."""
-        return instantiate_from_config(section(self.recipe, "data.dataset"))
+        return instantiate_from_config(self.data.dataset)
 
     def feed(self, dataset: Any, seed: int, step: int) -> Iterable[dict[str, Tensor]]:
         """Give batches from ``step`` on, of the recipe's size."""
-        data = section(self.recipe, "data")
-        return batches(dataset, data["batch_size"], data["workers"], seed, step)
+        data = self.data
+        return batches(dataset, data.batch_size, data.workers, seed, step)
 
     def fit(self, run: Run, dataset: Any) -> bool:
         """Train; say whether the plan is done."""
-        plan = Plan(**section(self.recipe, "training.plan"))
+        plan = typed(self.recipe, "training.plan", Plan)
         return run.fit(self.feed(dataset, run.seed, run.step), plan, self.deadline)
 
 
@@ -126,16 +136,17 @@ def train_unet(stage: Stage) -> bool:
 
 def _encode(stage: Stage, engine: Any) -> tuple[bool, Path]:
     """Encode what is missing; the folder's name stands for what its files depend on."""
-    data, cache = section(stage.recipe, "data"), section(stage.recipe, "data.cache")
+    data, cache = stage.data, typed(stage.recipe, "data.cache", Cache)
     weights = engine.first_stage_model.encoder.state_dict()
-    name = assemble.digest(weights, engine.scale_factor, data["dataset"])
+    name = assemble.digest(weights, engine.scale_factor, data.dataset)
     folder = stage.out / f"latents-{name}"
     done = encode_clips(
         engine,
         stage.dataset(),
         folder,
-        **cache,
-        workers=data["workers"],
+        clips=cache.clips,
+        shard=cache.shard,
+        workers=data.workers,
         deadline=stage.deadline,
         bfloat16=stage.bfloat16,
     )

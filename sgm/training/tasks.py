@@ -2,7 +2,8 @@
 
 A task is called as ``task(engine, batch, generator)`` and gives the loss and numbers to log. Its
 draws come from ``generator``, which the runner derives from (seed, step, rank); the runner seeds
-torch's own generator alike, for dropout and for the first stage that samples its latents.
+torch's own generator alike, for dropout inside networks. Clean latents are the modes of the first
+stage's distributions, whether encoded here or beforehand.
 Shapes: b clips, t frames, c channels, z latent channels, h height, w width.
 """
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sgm.training.batch import condition_batch
+from sgm.training.latents import latent_modes
 
 Batch = Mapping[str, Tensor]
 Logs = dict[str, Tensor]
@@ -36,7 +38,8 @@ class Task(Protocol):
 def select_trainable(engine: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:
     """Freeze ``engine`` except the parameters whose names start with one of ``names``; give those.
 
-    Modules with trained parameters are put in training mode, the others in evaluation mode.
+    The named modules are put in training mode, the others in evaluation mode; the conditioner
+    itself always trains, so that conditionings drop out where its embedders are frozen.
 
     Raises:
         ValueError: a name selects nothing.
@@ -51,8 +54,13 @@ def select_trainable(engine: nn.Module, names: Sequence[str]) -> list[nn.Paramet
     lost = [".".join(p) for p in prefixes if p not in found]
     if lost:
         raise ValueError(f"training.task.params.trainable: no parameters under {', '.join(lost)}")
-    for module in engine.modules():
-        module.training = any(p.requires_grad for p in module.parameters())
+    engine.eval()
+    modules = dict(engine.named_modules())
+    for name in names:
+        if name in modules:  # else it is a single parameter
+            modules[name].train()
+    if "conditioner" in modules:
+        modules["conditioner"].training = True  # not train(), which would reach the embedders
     return [p for p in engine.parameters() if p.requires_grad]
 
 
@@ -168,7 +176,8 @@ def _latents(engine: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     if "latents" in batch:
         return batch["latents"].float(), batch["first_frame"]
     frames = batch["frames"]
-    latents = engine.encode_first_stage(frames.flatten(0, 1)).float()
+    with torch.autocast(frames.device.type, enabled=False):  # half types overflow in some stages
+        latents = latent_modes(engine, frames.flatten(0, 1))
     return latents.unflatten(0, frames.shape[:2]), frames[:, 0]
 
 

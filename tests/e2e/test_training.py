@@ -17,13 +17,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from main import main
 from scripts import train_tiny
 from sgm.training.recipe import load_recipe
 from sgm.training.stages import Stage, encode_latents, train_unet
 from sgm.util import instantiate_from_config
-from tests.tiny import FRAMES, tiny_config
+from tests.tiny import FRAMES, tiny_config, write_tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12
@@ -126,14 +128,22 @@ def test_lightning_run_continues_after_a_kill(tmp_path, photos):
     weights = [train(load_recipe([path]), folder, resume=True) for folder in (killed, whole)]
     assert len(curve(whole / "log.jsonl")) == STEPS
     assert curve(killed / "log.jsonl") == curve(whole / "log.jsonl")
-    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert content(weights[0]) == content(weights[1])
+
+
+def content(path):
+    """Metadata and tensors of a file; the order of its metadata is drawn by the library."""
+    with safe_open(path, "pt") as file:
+        return file.metadata(), {key: x.tolist() for key, x in load_file(path).items()}
 
 
 def test_plain_and_lightning_take_the_same_steps(tmp_path, photos):
     """Catches logic of the step that one of the runners has alone."""
     from sgm.training.run import train
 
-    recipe = load_recipe([write_recipe(tmp_path, photos, "svd_tiny")])
+    weights = str(write_tiny_checkpoint(tmp_path / "weights.safetensors"))
+    path = write_recipe(tmp_path, photos, "svd_tiny", **{"model.params.ckpt_path": weights})
+    recipe = load_recipe([path])
     train(recipe, tmp_path / "lightning", resume=False)
     stage = Stage(recipe, tmp_path / "plain", torch.device("cpu"))
     run = stage.run("unet", stage.build())
@@ -220,6 +230,57 @@ def test_a_unet_keeps_its_autoencoder(stages, tmp_path):
         train_unet(Stage(recipe, folder, torch.device("cpu")))
 
 
+def test_lightning_starts_from_a_trained_autoencoder(stages, tmp_path, capsys):
+    """Catches a U-Net or a decoder that learns with an autoencoder of random weights, and weights
+    that are refused."""
+    for name in ("svd_tiny", "svd_tiny_decoder"):
+        base = ["--base", str(stages[0] / f"{name}.yaml"), "lightning.trainer.max_steps=1"]
+        base += ["--logdir", str(tmp_path / name)]
+        assert main(base) == 2
+        assert "training.first_stage=FILE" in one_error(capsys)
+        assert main([*base, f"training.first_stage={first_stage_file(stages[0], tmp_path)}"]) == 0
+
+
+def first_stage_file(folder, target):
+    """Write the weights of the autoencoder's run as main.py would."""
+    state = torch.load(folder / "runs" / "autoencoder" / "state.pt")
+    save_file(state["model"], target / "weights.safetensors")
+    return target / "weights.safetensors"
+
+
+def one_error(capsys):
+    """The one line that standard error has."""
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trianing.optim.lr=1"], "no key 'trianing.optim.lr'"),
+        (["data.batchsize=4"], "no key 'data.batchsize'"),
+        (["+data.batchsize=4"], "data.batchsize: "),
+        (["+training.optim.lrr=4"], "training.optim.lrr: "),
+        (["data.workers=null"], "data.workers: "),
+        (["training.optim.lr=abc"], "training.optim.lr: "),
+        (["lightning.save.steps=abc"], "lightning.save.steps: "),
+        (["lightning.trainer.max_steps=abc"], "lightning.trainer.max_steps: "),
+        (["lightning.trainer.accelerator=abacus"], "lightning.trainer: "),
+        (["lightning.trainer.devices=0"], "lightning.trainer: "),
+        (["+lightning.trainer.nope=1"], "lightning.trainer: "),
+        (["data.dataset.params.photos=none.safetensors"], "none.safetensors"),
+        (["--logdir", __file__], "test_training.py"),
+    ],
+)
+def test_wrong_recipes_are_one_line(tmp_path, photos, capsys, overrides, message):
+    """Catches tracebacks, and overrides that are accepted and do nothing."""
+    recipe = write_recipe(tmp_path, photos, "svd_tiny_autoencoder")
+    assert main(["--base", str(recipe), "--logdir", str(tmp_path / "run"), *overrides]) == 2
+    assert message in one_error(capsys)
+
+
 def test_errors_are_one_line(tmp_path, photos):
     """Wrong arguments of the training commands: exit code 2, one line, no traceback."""
     recipe = write_recipe(tmp_path, photos, "svd_tiny_decoder")
@@ -228,6 +289,8 @@ def test_errors_are_one_line(tmp_path, photos):
         (["main.py", "--base", "none.yaml"], "no recipe none.yaml"),
         (["main.py", "--base", str(recipe), "--nope"], "--nope"),
         (decoder, "run that stage first"),
+        ([*decoder, "training.seed=x"], "training.seed: "),
+        ([*decoder, "--device", "abacus"], "device 'abacus'"),
     ]:
         result = subprocess.run(
             [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import nn
 
@@ -13,7 +14,8 @@ from sgm.training import assemble, parts, snapshot
 from sgm.training.draws import StepBatches, step_generator
 from sgm.training.loop import Plan, Run
 from sgm.training.optim import Optim
-from sgm.training.recipe import engine_config, load_recipe, section
+from sgm.training.recipe import engine_config, load_recipe, section, typed
+from sgm.training.settings import Cache, Data, Lightning, Training
 from sgm.training.tasks import ReconstructionTask, select_trainable
 from sgm.util import get_obj_from_str, instantiate_from_config
 from tests.tiny import tiny_config, tiny_engine
@@ -157,15 +159,22 @@ def test_half_file_is_checked(tmp_path):
 
 # ---------------------------------------------------------------- recipes
 def test_recipes_include_merge_and_override(tmp_path):
-    """Catches an include that wins over the recipe, and overrides that come first."""
+    """Catches an include that wins over the recipe, overrides that come first, and mistyped ones
+    that are silently added."""
     (tmp_path / "base.yaml").write_text("model: {a: 1, b: 1, c: 1}\n")
     (tmp_path / "one.yaml").write_text("include: base.yaml\nmodel: {b: 2}\nengine: ${model}\n")
     (tmp_path / "two.yaml").write_text("model: {c: 3}\n")
-    recipe = load_recipe([tmp_path / "one.yaml", tmp_path / "two.yaml"], ["model.d=4"])
-    assert section(recipe, "model") == {"a": 1, "b": 2, "c": 3, "d": 4}
+    recipe = load_recipe(
+        [tmp_path / "one.yaml", tmp_path / "two.yaml"], ["model.c=4", "+model.d=5"]
+    )
+    assert section(recipe, "model") == {"a": 1, "b": 2, "c": 4, "d": 5}
     assert section(recipe, "engine") == section(recipe, "model")
     for paths, overrides, message in [
         (["one.yaml"], ["model.d"], "key=value"),
+        (["one.yaml"], ["=1"], "key=value"),
+        (["one.yaml"], ["modle.a=1"], r"no key 'modle\.a'; to add it, write \+modle\.a=1"),
+        (["one.yaml"], ["model.a.b=1"], r"no key 'model\.a\.b'"),
+        (["one.yaml"], ["model.a={"], "model.a={: while parsing"),
         (["none.yaml"], [], "no recipe"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -174,20 +183,46 @@ def test_recipes_include_merge_and_override(tmp_path):
         section(recipe, "data")
 
 
+GIVEN = {"seed": 1, "task": {"target": "a.b"}, "optim": {"lr": "1e-3", "betas": [0.9, 0.99]}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": "???"}, r"^training\.seed: expected a value"),
+        ({"sead": 1}, r"^training\.sead: "),
+        ({"optim": {}}, r"^training\.optim\.lr: expected a value"),
+        ({"optim": {"lr": "abc"}}, r"^training\.optim\.lr: .*'abc'"),
+        ({"optim": {"lr": 1, "lrr": 1}}, r"^training\.optim\.lrr: "),
+        ({"optim": {"lr": -1}}, r"^training\.optim: expected lr > 0"),
+        ({"task": 3}, r"^training\.task: "),
+    ],
+)
+def test_sections_are_checked(change, message):
+    """Catches unknown keys that have no effect, and missing or wrong ones that end in a
+    traceback."""
+    made = typed(OmegaConf.create({"training": GIVEN}), "training", Training)
+    assert made == Training(1, {"target": "a.b"}, Optim(0.001, betas=(0.9, 0.99)))
+    with pytest.raises(ValueError, match=message) as error:
+        typed(OmegaConf.create({"training": GIVEN | change}), "training", Training)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_recipe_fits_its_model(path):
     """Catches a target, a parameter or a trained part that does not exist."""
     recipe = load_recipe([path])
-    settings = section(recipe, "training")
+    settings = typed(recipe, "training", Training)
     with torch.device("meta"):
         engine = instantiate_from_config(engine_config(recipe))
-    task = instantiate_from_config(settings["task"])
+    task = instantiate_from_config(settings.task)
     assert select_trainable(engine, task.trainable)
-    Optim(**settings["optim"])
-    Plan(**settings["plan"])
-    dataset = section(recipe, "data.dataset")
+    typed(recipe, "training.plan", Plan)
+    data = typed(recipe, "data", Data)
+    assert not data.cache or typed(recipe, "data.cache", Cache)
+    dataset = data.dataset
     inspect.signature(get_obj_from_str(dataset["target"])).bind(**dataset["params"])
-    assert section(recipe, "lightning.trainer")["max_steps"] > 0
+    assert typed(recipe, "lightning", Lightning).trainer["max_steps"] > 0
 
 
 # ---------------------------------------------------------------- runs

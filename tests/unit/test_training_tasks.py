@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sgm.training.batch import condition_batch
+from sgm.training.latents import LatentClips, encode_clips, latent_modes
 from sgm.training.tasks import DiffusionTask, ReconstructionTask, edges, select_trainable
 from sgm.util import instantiate_from_config
 from tests.tiny import FRAMES, tiny_config, tiny_engine
@@ -38,11 +39,9 @@ def clip_batch(clips=2, size=32):
     }
 
 
-def mode_engine():
-    """A tiny engine with a loss, whose first stage does not sample."""
-    engine = tiny_engine(loss_fn_config=LOSS)
-    engine.first_stage_model.regularization.sample = False
-    return engine
+def engine_with_loss():
+    """A tiny engine with a loss; its first stage samples where it is not asked for the mode."""
+    return tiny_engine(loss_fn_config=LOSS)
 
 
 # ---------------------------------------------------------------- conditioning
@@ -66,8 +65,8 @@ def test_condition_noise_is_per_clip_and_told():
 def test_diffusion_task_equals_a_written_out_step():
     """The loss by hand, in the order of the draws: noise level of the condition, its noise, dropout
     (rates are zero here), noise levels, noise. Catches a missing scale factor, levels per frame,
-    another weight, or a condition that is noised after encoding."""
-    engine = mode_engine()
+    another weight, latents that are sampled, or a condition that is noised after encoding."""
+    engine = engine_with_loss()
     batch = clip_batch()
     task = DiffusionTask(trainable=["model"])
     with torch.no_grad():
@@ -80,7 +79,8 @@ def test_diffusion_task_equals_a_written_out_step():
         rows = {"fps_id": batch["fps_id"], "motion_bucket_id": batch["motion_bucket_id"]}
         rows |= {"cond_aug": aug, "cond_frames": noisy, "cond_frames_without_noise": first}
         cond = {k: v.repeat_interleave(FRAMES, 0) for k, v in engine.conditioner(rows).items()}
-        z = engine.first_stage_model.encode(batch["frames"].flatten(0, 1)) * engine.scale_factor
+        moments = engine.first_stage_model.moments(batch["frames"].flatten(0, 1))
+        z = moments[:, :4] * engine.scale_factor
         sigma = (0.7 + 1.6 * torch.randn(2, generator=g)).exp()
         s = sigma.repeat_interleave(FRAMES).reshape(-1, 1, 1, 1)
         x = z + s * torch.randn(z.shape, generator=g)
@@ -96,31 +96,60 @@ def test_diffusion_task_equals_a_written_out_step():
     assert loss.item() == pytest.approx(by_hand.item(), rel=1e-5)  # float32, another order of sums
 
 
-def test_cached_latents_give_the_loss_of_frames():
-    """Catches a cache that is scaled twice or not at all."""
-    engine = mode_engine()
-    batch = clip_batch()
-    latents = engine.encode_first_stage(batch["frames"].flatten(0, 1)).unflatten(0, (2, FRAMES))
-    cached = {k: v for k, v in batch.items() if k != "frames"}
-    cached |= {"latents": latents, "first_frame": batch["frames"][:, 0]}
+def test_cached_latents_give_the_loss_of_frames(tmp_path):
+    """Catches a cache that is scaled twice or not at all, and one that holds modes where frames
+    are encoded to samples. Cached latents are rounded to half precision, first frames to 8 bits."""
+    engine, batch = engine_with_loss(), clip_batch()
+    items = [{key: value[i] for key, value in batch.items()} for i in range(2)]
+    assert encode_clips(engine, items, tmp_path, clips=2, shard=2, workers=0)
+    clips = LatentClips(tmp_path)
+    cached = torch.utils.data.default_collate([clips[0], clips[1]])
     task = DiffusionTask(trainable=["model"])
     with torch.no_grad():
         a, b = (task(engine, each, generator(2))[0].item() for each in (batch, cached))
-    assert a == pytest.approx(b, rel=1e-6)
+    assert a == pytest.approx(b, rel=1e-3)
 
 
-def test_dropout_is_the_conditioners_and_off_outside_training():
-    """Catches dropout whose draws are not the step's generator's."""
-    engine = mode_engine()
+def test_modes_do_not_depend_on_how_many_are_encoded_at_once():
+    """Catches chunks that are lost, and a scale factor that is left out."""
+    engine, frames = engine_with_loss(), clip_batch()["frames"].flatten(0, 1)
+    whole = latent_modes(engine, frames)
+    moments = engine.first_stage_model.moments(frames)
+    torch.testing.assert_close(whole, engine.scale_factor * moments[:, :4].detach())
+    engine.en_and_decode_n_samples_a_time = 3
+    torch.testing.assert_close(latent_modes(engine, frames), whole)
+
+
+@pytest.mark.parametrize("names", [["model"], ["model", "conditioner.embedders.0"]])
+def test_conditionings_drop_out_also_where_the_conditioner_is_frozen(names):
+    """Catches a conditioner in evaluation mode, and draws that are not the step's generator's."""
+    engine = engine_with_loss()
+    task, batch = DiffusionTask(trainable=names), clip_batch(clips=8)
+    select_trainable(engine, names)
+
+    def losses():
+        return [task(engine, batch, generator(1))[0].item() for _ in range(2)]
+
+    whole = losses()
     engine.conditioner.ucg_rates[0] = engine.conditioner.ucg_rates[3] = 0.5
-    task, batch = DiffusionTask(trainable=["model"]), clip_batch(clips=8)
-    select_trainable(engine, ["model"])
-    quiet = [task(engine, batch, generator(s))[0].item() for s in (1, 1)]
-    engine.conditioner.training = True
-    drawn = [task(engine, batch, generator(s))[0].item() for s in (1, 1)]
-    assert quiet[0] == quiet[1]
-    assert drawn[0] == drawn[1]
-    assert drawn[0] != quiet[0]
+    dropped = losses()
+    assert whole[0] == whole[1]
+    assert dropped[0] == dropped[1]
+    assert dropped[0] != whole[0]
+
+
+def test_dropout_of_networks_acts_in_selected_parts_alone():
+    """Catches modes decided by a module's parameters: `nn.Dropout` has none."""
+    engine = tiny_engine(**{"network_config.params.dropout": 0.5})
+    modes = {}
+    for name in ("model", "conditioner.embedders.0"):
+        select_trainable(engine, [name])
+        layers = [m for m in engine.model.modules() if isinstance(m, torch.nn.Dropout) and m.p]
+        modes[name] = {layer.training for layer in layers}
+        assert engine.conditioner.training
+        assert not engine.conditioner.embedders[3].training
+        assert not engine.first_stage_model.training
+    assert modes == {"model": {True}, "conditioner.embedders.0": {False}}
 
 
 # ---------------------------------------------------------------- reconstruction
