@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 PHOTO_LIST = Path(__file__).parents[1] / "configs" / "data" / "photos.json"
+SPLITS = ("train", "heldout", "test")
 DIRECTORY, DEFLATED = 2, 1
 
 
@@ -77,20 +78,24 @@ def read_photo(package: Path, path: str, short_side: int) -> torch.Tensor:
 
 
 def main() -> int:
-    """Write ``train.safetensors`` and ``heldout.safetensors``; 1 if a photograph is missing."""
+    """Write one ``<split>.safetensors`` for each of ``SPLITS``; 1 if a photograph is missing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="folder of unpacked packages")
     parser.add_argument("output", type=Path, help="folder for the tensor files")
     parser.add_argument("--list", type=Path, default=PHOTO_LIST, help="default: %(default)s")
     parser.add_argument("--short-side", type=int, default=160, help="pixels, default: %(default)s")
     args = parser.parse_args()
+    if args.short_side < 1:
+        parser.error(f"--short-side: expected a positive number of pixels, got {args.short_side}")
+    if not args.source.is_dir():
+        parser.error(f"no folder of unpacked packages at {args.source}")
 
-    splits: dict[str, dict[str, torch.Tensor]] = {"train": {}, "heldout": {}}
+    splits: dict[str, dict[str, torch.Tensor]] = {split: {} for split in SPLITS}
     missing = 0
     for entry in json.loads(args.list.read_text()):
         try:
             photo = read_photo(args.source / entry["package"], entry["path"], args.short_side)
-        except (OSError, KeyError) as error:
+        except (OSError, KeyError, ValueError) as error:
             print(f"missing: {entry['name']} ({entry['package']}): {error}")
             missing += 1
         else:

@@ -3,6 +3,7 @@
 import json
 import struct
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from scripts import prepare_photos
 
 ROOT = Path(__file__).parents[2]
-FREE = {"Public domain", "CC0-1.0", "GPL-2+", "LGPL-3"} | {
+FREE = {"Public domain", "CC0-1.0", "GPL-2+", "LGPL-3", "MIT", "BSD-3-Clause"} | {
     f"CC-BY{share}-{version}" for share in ("", "-SA") for version in ("2.0", "3.0", "4.0")
 }
 
@@ -25,8 +26,30 @@ def test_the_list_is_complete_and_free():
     assert {photo["licence"] for photo in photos} <= FREE
     assert all(photo["author"] for photo in photos)
     splits = [photo["split"] for photo in photos]
-    assert splits.count("heldout") >= 12
-    assert splits.count("heldout") + splits.count("train") == len(photos)
+    assert set(splits) == set(prepare_photos.SPLITS)
+    assert splits.count("heldout") == splits.count("test") == 16
+
+
+def test_no_package_of_the_test_photographs_ships_another_split():
+    # One collection often shows one scene several times: a test photograph shares none.
+    photos = json.loads((ROOT / "configs/data/photos.json").read_text())
+    packages = {split: set() for split in prepare_photos.SPLITS}
+    for photo in photos:
+        packages[photo["split"]].add(photo["package"])
+    assert not packages["test"] & (packages["train"] | packages["heldout"])
+
+
+def test_the_readme_counts_the_list():
+    # Its tables: split, photographs, ...; and package, version, split or splits, photographs.
+    text = (ROOT / "configs/data/README.md").read_text()
+    photos = json.loads((ROOT / "configs/data/photos.json").read_text())
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    packages = {row[0]: int(row[3]) for row in rows if len(row) == 4 and row[3].isdigit()}
+    splits = {row[0]: int(row[1]) for row in rows if len(row) == 3 and row[1].isdigit()}
+    assert packages == Counter(photo["package"] for photo in photos)
+    assert splits == Counter(photo["split"] for photo in photos)
+    commands = text[text.index("```sh") :]
+    assert all(package in commands for package in packages)
 
 
 def test_the_sample_picture_is_small_and_heldout():
@@ -91,6 +114,8 @@ def test_photographs_are_packed_by_split(tmp_path, monkeypatch, capsys):
         {"name": "tall", "package": "some", "path": "x.rcc!/pictures/t.webp", "split": "heldout"},
         {"name": "lost", "package": "other", "path": "lost.png", "split": "train"},
         {"name": "gone", "package": "some", "path": "x.rcc!/pictures/no.webp", "split": "train"},
+        {"name": "odd", "package": "some", "path": "wide.png!/member", "split": "train"},
+        {"name": "blind", "package": "some", "path": "wide.png", "split": "test"},
     ]
     photo_list = tmp_path / "list.json"
     photo_list.write_text(json.dumps(entries))
@@ -100,6 +125,7 @@ def test_photographs_are_packed_by_split(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "missing: lost" in printed
     assert "missing: gone" in printed
+    assert "missing: odd (some)" in printed
     train = load_file(tmp_path / "out" / "train.safetensors")
     assert list(train) == ["wide"]
     assert train["wide"].shape == (3, 40, 60)
@@ -107,3 +133,20 @@ def test_photographs_are_packed_by_split(tmp_path, monkeypatch, capsys):
     assert train["wide"][:, 20, 55].tolist() == [0, 0, 255]
     heldout = load_file(tmp_path / "out" / "heldout.safetensors")
     assert heldout["tall"].shape == (3, 60, 40)
+    assert list(load_file(tmp_path / "out" / "test.safetensors")) == ["blind"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--short-side", "0"], "positive number of pixels"), ([], "no folder of unpacked packages")],
+)
+def test_bad_arguments_are_refused_before_anything_is_written(
+    tmp_path, monkeypatch, capsys, arguments, message
+):
+    source = tmp_path if arguments else tmp_path / "nowhere"
+    argv = ["prepare_photos", str(source), str(tmp_path / "out"), *arguments]
+    monkeypatch.setattr("sys.argv", argv)
+    with pytest.raises(SystemExit, match="2"):
+        prepare_photos.main()
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
