@@ -1,5 +1,6 @@
 """Names of files: which pictures the user means, and under which number a video is stored."""
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -9,6 +10,14 @@ from pathlib import Path
 PICTURE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff")
 )
+
+
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """The path that a user means, whose ``~`` or ``~name`` may stand for a home folder.
+
+    Unlike `Path.expanduser`, leaves the name of an unknown user as it is: there is no such file.
+    """
+    return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 def is_address(source: object) -> bool:
@@ -27,7 +36,7 @@ def expand_inputs(input_path: str | Path | Iterable[str | Path]) -> list[Path | 
         Paths of existing files, and addresses as they are.
 
     Raises:
-        ValueError: where nothing is found.
+        ValueError: where nothing is found, or may not be read.
     """
     several = [input_path] if isinstance(input_path, str | Path) else list(input_path)
     found = [each for source in several for each in _expand(str(source))]
@@ -39,11 +48,16 @@ def expand_inputs(input_path: str | Path | Iterable[str | Path]) -> list[Path | 
 def _expand(source: str) -> list[Path | str]:
     if is_address(source):
         return [source]
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _pictures_in(path)
-    if path.exists():  # before the pattern: a file's own name may hold brackets
-        return [path]
+    if not source.strip():
+        raise ValueError("input '': expected a file, folder, pattern or http(s) address")
+    path = user_path(source)
+    try:
+        if path.is_dir():
+            return _pictures_in(path)
+        if path.exists():  # before the pattern: a file's own name may hold brackets
+            return [path]
+    except OSError as error:  # not permitted, or longer than a name can be
+        raise ValueError(f"input {source!r}: {error.strerror}") from error
     names = glob(str(path), recursive=True)  # noqa: PTH207 - skips hidden files, as shells do
     matches = [Path(name) for name in sorted(names)]
     files: list[Path | str] = [match for match in matches if match.is_file()]

@@ -1,7 +1,11 @@
 """Pictures in: any source becomes a `Picture`, and a `Picture` becomes the network's tensor."""
 
+import string
+import time
+import urllib.parse
 import urllib.request
 import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from importlib import import_module
@@ -15,7 +19,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from sgm.inference.files import is_address
+from sgm.inference.files import is_address, user_path
 
 Array = npt.NDArray[Any]
 Source = str | Path | bytes | BinaryIO | Image.Image | Array | Tensor
@@ -24,6 +28,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF")
 MAX_PIXELS = 120_000_000
 MAX_DOWNLOAD = 256 * 2**20  # bytes
 DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
+DOWNLOAD_LIMIT = 300.0  # seconds in all
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,26 +217,42 @@ def _file(source: str | Path | bytes | BinaryIO) -> Path | BinaryIO:
     if is_address(source):
         return BytesIO(_download(cast("str", source)))
     if isinstance(source, str | Path):
-        return Path(source).expanduser()
+        return user_path(source)
     return source
 
 
 def _download(address: str) -> bytes:
-    request = urllib.request.Request(address, headers={"User-Agent": "sgm"})
+    ascii_address = urllib.parse.quote(address, safe=string.punctuation)
+    request = urllib.request.Request(ascii_address, headers={"User-Agent": "sgm"})
     try:
         with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
-            content: bytes = response.read(MAX_DOWNLOAD + 1)
+            content = b"".join(_limited(iter(lambda: response.read1(1 << 20), b"")))
+            if response.length:  # announced and not sent
+                raise ValueError(f"the download ended {response.length} bytes too early")
     except (OSError, HTTPException) as error:
         raise ValueError(f"cannot be downloaded ({error})") from error
-    if len(content) > MAX_DOWNLOAD:
-        raise ValueError(f"larger than {MAX_DOWNLOAD >> 20} MiB, so the download was stopped")
     return content
+
+
+def _limited(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Pass on what comes, until it is too much or takes too long."""
+    size, deadline = 0, time.monotonic() + DOWNLOAD_LIMIT
+    for chunk in chunks:
+        size += len(chunk)
+        if size > MAX_DOWNLOAD:
+            raise ValueError(f"larger than {MAX_DOWNLOAD >> 20} MiB, so the download was stopped")
+        if time.monotonic() > deadline:
+            raise ValueError(f"not there after {DOWNLOAD_LIMIT:.0f} s, so the download was stopped")
+        yield chunk
 
 
 def _open(file: Path | BinaryIO) -> Image.Image:
     """Open one of the known formats only: others start outside programs (eps) or are untested."""
-    if isinstance(file, Path) and file.is_file() and file.stat().st_size == 0:
-        raise ValueError("the file is empty")
+    if isinstance(file, Path) and file.exists():
+        if not file.is_file():
+            raise ValueError("expected a file; this is a folder, device or pipe")
+        if file.stat().st_size == 0:
+            raise ValueError("the file is empty")
     return Image.open(file, formats=FORMATS)
 
 

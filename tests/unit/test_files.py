@@ -97,3 +97,18 @@ def test_an_empty_list_and_a_folder_without_pictures_are_refused(tmp_path):
         expand_inputs([])
     with pytest.raises(ValueError, match="holds no picture"):
         expand_inputs(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("", "expected a file, folder, pattern"),
+        ("~nosuchuser/a.png", "no such file"),
+        ("x" * 300 + ".png", "name too long"),
+    ],
+    ids=["empty", "unknown user", "long"],
+)
+def test_what_can_be_no_file_is_refused_by_name(given, message):
+    """Caught: an empty shell variable that takes the pictures of the current folder."""
+    with pytest.raises(ValueError, match=rf"(?i)input '{given[:9]}.*{message}"):
+        expand_inputs(given)

@@ -6,6 +6,7 @@ import threading
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -347,8 +348,14 @@ def test_what_only_looks_like_a_picture_is_refused_by_name(tmp_path, content, me
 def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"missing\.png': No such file"):
         load_picture(tmp_path / "missing.png")
-    with pytest.raises(ValueError, match=rf"{tmp_path.name}': Is a directory"):
+    with pytest.raises(ValueError, match=rf"{tmp_path.name}': expected a file"):
         load_picture(str(tmp_path))
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs a device without end")
+def test_a_device_is_refused_unread():
+    with pytest.raises(ValueError, match="expected a file"):
+        load_picture("/dev/zero")
 
 
 @pytest.mark.parametrize("side", [10_955, 12_000, 100_000], ids=["just", "more", "bomb"])
@@ -373,7 +380,9 @@ class Site(BaseHTTPRequestHandler):
     content = encode(picture_of(COLOURS, "RGB"), "PNG")
 
     def do_GET(self):
-        self.send_response(200 if self.path == "/a.png" else 404)
+        self.send_response(200 if self.path in ("/a.png", "/%C3%A4.png", "/cut.png") else 404)
+        if self.path == "/cut.png":
+            self.send_header("Content-Length", str(len(self.content) + 7))
         self.end_headers()
         self.wfile.write(self.content)
 
@@ -393,6 +402,18 @@ def site(monkeypatch):
 def test_a_picture_comes_from_an_address(site):
     picture = load_picture(f"{site}/a.png")
     assert np.array_equal(centres(np.asarray(picture.image)), COLOURS)
+
+
+def test_an_address_may_have_letters_of_any_script(site):
+    assert load_picture(f"{site}/ä.png").size == load_picture(f"{site}/%C3%A4.png").size
+
+
+def test_a_download_that_ends_too_early_or_too_late_is_refused(site, monkeypatch):
+    with pytest.raises(ValueError, match="ended 7 bytes too early"):
+        load_picture(f"{site}/cut.png")
+    monkeypatch.setattr(pictures, "DOWNLOAD_LIMIT", -1.0)
+    with pytest.raises(ValueError, match="the download was stopped"):
+        load_picture(f"{site}/a.png")
 
 
 def test_addresses_without_a_picture_are_refused_by_name(site, monkeypatch):
