@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from sgm.data.evaluation import BUCKETS, Figure, Row, evaluate, summarize, table
 from sgm.data.metrics import Frames, psnr
+from sgm.data.synthetic import read_photos
 from sgm.inference.options import SamplingOptions
 from sgm.inference.pictures import fit_picture, load_picture
 
@@ -94,8 +94,10 @@ def run(args: argparse.Namespace) -> list[Figure]:
     """Make and measure the clips; print and write the figures."""
     if len(set(args.buckets)) < 2:
         raise ValueError(f"expected two or more different buckets, got {args.buckets}")
-    if not args.photos.is_file():
-        raise ValueError(f"no photographs at {args.photos}: make it by scripts/prepare_photos.py")
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {args.limit}")
+    photos = dict(list(read_photos(args.photos).items())[: args.limit])
+    args.output.mkdir(parents=True, exist_ok=True)
     from sgm.inference import VideoPipeline  # after the arguments are known to be good
 
     pipeline = VideoPipeline.from_spec(args.version, ckpt_path=args.ckpt_path)
@@ -105,7 +107,6 @@ def run(args: argparse.Namespace) -> list[Figure]:
         asked = options.replace(motion_bucket_id=bucket, seed=args.seed + number)
         return pipeline(picture, asked).frames
 
-    photos = dict(sorted(load_file(args.photos).items())[: args.limit])
     stored = {name: photo.movedim(0, -1).numpy() for name, photo in photos.items()}
     t, height, width, _ = generate(next(iter(stored.values())), args.buckets[0], 0).shape
     pictures = {
@@ -126,7 +127,6 @@ def run(args: argparse.Namespace) -> list[Figure]:
         )
     figures = summarize(rows, float(np.mean(kept)), min(height, width))
 
-    args.output.mkdir(parents=True, exist_ok=True)
     for bucket, pairs in sheets.items():
         contact_sheet(pairs).save(args.output / f"bucket_{bucket}.png")
     write_report(args.output, rows, figures)
@@ -138,7 +138,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; give the exit code."""
     try:
         figures = run(parse(argv))
-    except ValueError as error:
+    except KeyboardInterrupt:
+        return 130
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0 if all(figure.met for figure in figures) else 1

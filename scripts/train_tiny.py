@@ -29,6 +29,12 @@ RECIPES = {
 }
 
 
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
+    return number
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
@@ -56,7 +62,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--to-parts", type=Path, metavar="DIR", help=moved + "write all stages' states at the end"
     )
     parser.add_argument("--device", help="torch device; default: the accelerator if any, else cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads of torch")
+    parser.add_argument("--threads", type=_positive, help="CPU threads of torch")
     parser.add_argument("--precision", choices=("auto", "bfloat16", "float32"), default="auto")
     return parser.parse_intermixed_args(argv)
 
@@ -68,10 +74,12 @@ def main(argv: list[str] | None = None) -> int:
     sys.path.insert(0, str(ROOT))
     import torch
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
     try:
+        if args.threads:
+            torch.set_num_threads(args.threads)
         done = work(args)
+    except KeyboardInterrupt:  # outside of the training loop, which stops by itself
+        return 130
     except (OSError, ValueError) as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -124,6 +125,27 @@ class Scene:
         return frames.contiguous()
 
 
+def read_photos(path: str | Path) -> dict[str, Tensor]:
+    """Read the photographs (3, H, W), uint8, of a tensor file, in the order of their names.
+
+    Raises:
+        ValueError: there is no such file, or it holds something else.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"no photographs at {path}: make it by scripts/prepare_photos.py")
+    try:
+        photos = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"expected a tensor file of photographs, got {path} ({error})") from error
+    for name, photo in photos.items():
+        if photo.dtype != torch.uint8 or photo.ndim != 3 or len(photo) != 3:
+            got = f"{photo.dtype} {tuple(photo.shape)}"
+            raise ValueError(f"{path}: expected {name} to be torch.uint8 (3, H, W), got {got}")
+    if not photos:
+        raise ValueError(f"expected photographs in {path}, found none")
+    return dict(sorted(photos.items()))
+
+
 class Photographs(Dataset[dict[str, Tensor]]):
     """Training examples made from photographs; item i depends on ``(seed, i)`` alone.
 
@@ -141,10 +163,7 @@ class Photographs(Dataset[dict[str, Tensor]]):
         seed: int = 0,
         length: int = 1_000_000,
     ) -> None:
-        if not Path(photos).is_file():
-            raise ValueError(f"no photographs at {photos}: make it by scripts/prepare_photos.py")
-        tensors = load_file(photos)
-        self.photos = [tensors[name] for name in sorted(tensors)]
+        self.photos = list(read_photos(photos).values())
         self.size = (int(size[0]), int(size[1]))
         self.seed = seed
         self.length = length

@@ -53,9 +53,9 @@ class Stage:
         return typed(self.recipe, "data", Data)
 
     def build(self) -> Any:
-        """Build what the recipe trains, from the recipe's seed."""
+        """Build what the recipe trains, from the recipe's seed or its `ckpt_path`, in float32."""
         torch.manual_seed(self.training.seed)
-        return instantiate_from_config(engine_config(self.recipe))
+        return instantiate_from_config(engine_config(self.recipe)).float()
 
     def state(self, name: str) -> dict[str, Any]:
         """Read the state of another stage."""
@@ -156,12 +156,18 @@ def _encode(stage: Stage, engine: Any) -> tuple[bool, Path]:
 def _diffusion_engine(stage: Stage) -> Any:
     """Build the engine around the trained autoencoder and its scale factor."""
     state = stage.state("autoencoder")
-    if "scale_factor" not in state["notes"]:
-        raise ValueError("the autoencoder stage is not done: finish it first (training.plan)")
+    scale_factor = _scale_factor(state)
     engine = stage.build()
     assemble.start_from_first_stage(engine, assemble.averaged_weights(state))
-    engine.scale_factor = state["notes"]["scale_factor"]
+    engine.scale_factor = scale_factor
     return engine.to(stage.device)
+
+
+def _scale_factor(autoencoder: dict[str, Any]) -> float:
+    """Return what brings the latents to unit variance, measured at the end of the first stage."""
+    if "scale_factor" not in autoencoder["notes"]:
+        raise ValueError("the autoencoder stage is not done: finish it first (training.plan)")
+    return autoencoder["notes"]["scale_factor"]
 
 
 def export(stage: Stage, path: Path, **notes: str) -> None:
@@ -176,7 +182,7 @@ def export(stage: Stage, path: Path, **notes: str) -> None:
         ValueError: a stage is missing, or the YAML's scale factor is not the autoencoder's.
     """
     states = {part: stage.state(part) for part in ("autoencoder", "decoder", "unet")}
-    scale = states["autoencoder"]["notes"]["scale_factor"]
+    scale = _scale_factor(states["autoencoder"])
     written = section(stage.recipe, "model.params").get("scale_factor")
     if written != scale:
         raise ValueError(f"the model's YAML says scale_factor: {written}; write {scale} there")
