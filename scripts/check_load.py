@@ -90,8 +90,6 @@ def peak_memory() -> int:
 
 def import_all(version: str) -> None:
     """Import what the model will need, as the measurement leaves imports out."""
-    import open_clip.transformer  # noqa: F401 - the image tower imports it when it is built
-
     config = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{version}.yaml").model)
     for target in targets(config):
         get_obj_from_str(target)

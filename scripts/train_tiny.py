@@ -6,8 +6,7 @@
     python scripts/train_tiny.py unet        --photos photos.safetensors
     python scripts/train_tiny.py export
 
-Needs torch, numpy, einops, safetensors and omegaconf (the unet stage: open_clip as well). Every
-stage can be stopped at any moment; the same command continues it. Settings stand in
+Needs torch, numpy, einops, safetensors and omegaconf. Every stage can be stopped at any moment; the same command continues it. Settings stand in
 configs/training/*.yaml; key=value arguments override them, such as training.plan.minutes=90, and
 +key=value adds to them.
 """

@@ -9,6 +9,7 @@ from typing import Any
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from sgm.modules.encoders.image_tower import VisionTransformer, tower_spec
 from sgm.modules.encoders.resize import antialiased_resize
 from sgm.util import instantiate_from_config, refuse_unknown
 
@@ -42,7 +43,7 @@ class ImageTower(nn.Module):
 
 
 class FrozenOpenCLIPImageEmbedder(nn.Module):
-    """A picture's CLIP embedding (arXiv 2103.00020), the image tower by open_clip.
+    """A picture's CLIP embedding (arXiv 2103.00020).
 
     The weights come with the model's checkpoint and are never downloaded; the text tower is not
     built.
@@ -71,8 +72,9 @@ class FrozenOpenCLIPImageEmbedder(nn.Module):
         refuse_unknown(self, ignored, IGNORED)
         if not antialias:
             raise ValueError("antialias: expected true, as in every published model; got false")
-        visual, self.size = _build_tower(arch)
-        self.model = ImageTower(visual)
+        spec = tower_spec(arch)
+        self.size = spec.image_size
+        self.model = ImageTower(VisionTransformer(spec))
         self.unsqueeze_dim = unsqueeze_dim
         if freeze:
             self.requires_grad_(False)
@@ -111,28 +113,3 @@ class FrozenOpenCLIPImagePredictionEmbedder(nn.Module):
         """(b n_cond_frames, 3, h, w) in [-1, 1] -> (b n_copies, n_cond_frames, d)."""
         tokens = rearrange(self.open_clip(frames), "(b k) d -> b k d", k=self.n_cond_frames)
         return repeat(tokens, "b k d -> (b copies) k d", copies=self.n_copies)
-
-
-def _build_tower(arch: str | Mapping[str, Any]) -> tuple[nn.Module, int]:
-    """The tower and the side of its square input in pixels."""
-    import open_clip
-    from open_clip.transformer import VisionTransformer
-
-    config = open_clip.get_model_config(arch) if isinstance(arch, str) else dict(arch)
-    if config is None:
-        raise ValueError(f"arch: open_clip knows no architecture {arch!r}")
-    vision = open_clip.CLIPVisionCfg(**config["vision_cfg"])
-    if vision.timm_model_name or isinstance(vision.layers, (tuple, list)):
-        raise ValueError(f"arch: expected a plain vision transformer, got {arch!r}")
-    quick = config.get("quick_gelu", False)
-    tower = VisionTransformer(
-        image_size=vision.image_size,
-        patch_size=vision.patch_size,
-        width=vision.width,
-        layers=vision.layers,
-        heads=vision.width // vision.head_width,
-        mlp_ratio=vision.mlp_ratio,
-        output_dim=config["embed_dim"],
-        act_layer=open_clip.transformer.QuickGELU if quick else nn.GELU,
-    )
-    return tower, vision.image_size
