@@ -37,13 +37,24 @@ def sha256_of(path: str | os.PathLike[str], cancel: Event | None = None) -> str 
     note = _note(path)
     digest = _recall(note)
     if digest is None:
-        digest = _compute(path, cancel)
+        digest = hash_file(path, cancel)
         if digest is not None and note == _note(path):  # not written to meanwhile
             _remember(note, digest)
     return digest
 
 
-def _compute(path: Path, cancel: Event | None) -> str | None:
+def known_sha256(path: str | os.PathLike[str]) -> str | None:
+    """Return the SHA-256 of a file if it is remembered, without reading the file."""
+    return _recall(_note(Path(path).resolve()))
+
+
+def remember_sha256(path: str | os.PathLike[str], digest: str) -> None:
+    """Remember the SHA-256 of a file that has just been written and hashed."""
+    _remember(_note(Path(path).resolve()), digest)
+
+
+def hash_file(path: Path, cancel: Event | None = None) -> str | None:
+    """As `sha256_of`, but always by reading the file."""
     state = hashlib.sha256()
     buffer = memoryview(bytearray(_CHUNK))
     with path.open("rb", buffering=0) as file:
