@@ -6,9 +6,9 @@
     python scripts/train_tiny.py unet        --photos photos.safetensors
     python scripts/train_tiny.py export
 
-Needs torch, numpy, einops, safetensors and omegaconf. Every stage can be stopped at any moment; the same command continues it. Settings stand in
-configs/training/*.yaml; key=value arguments override them, such as training.plan.minutes=90, and
-+key=value adds to them.
+Needs torch, numpy, einops, safetensors and omegaconf. Every stage can be stopped at any moment; the
+same command continues it. Settings stand in configs/training/*.yaml; key=value arguments override
+them, such as training.plan.minutes=90, and +key=value adds to them.
 """
 
 import argparse

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from sgm.config import build
 from sgm.modules.ema import Ema
 from sgm.training.attention import training_attention
 from sgm.training.draws import StepBatches, step_generator
 from sgm.training.optim import ADVICE, Optim, set_rate
 from sgm.training.tasks import Task, select_trainable
-from sgm.util import instantiate_from_config
 
 
 class TrainingModule(pl.LightningModule):
@@ -101,7 +101,7 @@ class StepData(pl.LightningDataModule):
         self, dataset: Mapping[str, Any], batch_size: int, workers: int, seed: int
     ) -> None:
         super().__init__()
-        self.dataset = instantiate_from_config(dataset)
+        self.dataset = build(dataset, "data.dataset")
         self.batch_size, self.workers, self.seed = batch_size, workers, seed
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:

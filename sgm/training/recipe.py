@@ -15,6 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from sgm.config import check_types
+
 T = TypeVar("T")
 
 _ABSENT = object()
@@ -44,7 +46,8 @@ def section(recipe: DictConfig, name: str) -> dict[str, Any]:
     """Return one section as plain dictionaries and lists.
 
     Raises:
-        ValueError: the recipe has no such section, or an interpolation in it leads nowhere.
+        ValueError: the recipe has no such section, an interpolation in it leads nowhere, or a
+            parameter of an object in it has a wrong type.
     """
     try:
         node = OmegaConf.select(recipe, name)
@@ -54,6 +57,7 @@ def section(recipe: DictConfig, name: str) -> dict[str, Any]:
     if not isinstance(plain, dict):
         present = ", ".join(map(str, recipe))
         raise ValueError(f"the recipe has no section '{name}'; it has {present}")
+    check_types(plain, name)
     return cast(dict[str, Any], plain)
 
 
@@ -73,9 +77,14 @@ def typed(recipe: DictConfig, name: str, kind: type[T]) -> T:
         raise ValueError(f"{key}: {reason}") from exc
 
 
+def engine_section(recipe: DictConfig) -> str:
+    """Return the name of the section that describes what is trained."""
+    return "engine" if "engine" in recipe else "model"
+
+
 def engine_config(recipe: DictConfig) -> dict[str, Any]:
     """Return the config of what is trained."""
-    return section(recipe, "engine" if "engine" in recipe else "model")
+    return section(recipe, engine_section(recipe))
 
 
 def _override(recipe: DictConfig, override: str) -> DictConfig:

@@ -12,14 +12,14 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from sgm.checkpoint import read_state_dict
+from sgm.config import build, check_arguments
 from sgm.training.assemble import OTHER_SEED, measure_latents, start_from_first_stage, write_half
 from sgm.training.callbacks import JsonLog, LastCheckpoint
 from sgm.training.loop import batches
 from sgm.training.module import StepData, TrainingModule
-from sgm.training.recipe import engine_config, typed
+from sgm.training.recipe import engine_config, engine_section, typed
 from sgm.training.settings import Data, Lightning, Training
 from sgm.training.tasks import ReconstructionTask
-from sgm.util import instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def train(recipe: DictConfig, folder: Path, resume: bool) -> Path:
         raise ValueError(f"lightning.trainer.max_steps: expected the run's steps, got {steps!r}")
     given = typed(recipe, "data", Data)
     data = StepData(given.dataset, given.batch_size, given.workers, settings.seed)
-    module = _module(engine_config(recipe), settings)
+    module = _module(recipe, settings)
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(recipe, folder / "recipe.yaml", resolve=True)
     with warnings.catch_warnings():
@@ -74,12 +74,13 @@ def train(recipe: DictConfig, folder: Path, resume: bool) -> Path:
     return weights
 
 
-def _module(config: dict[str, Any], settings: Training) -> TrainingModule:
+def _module(recipe: DictConfig, settings: Training) -> TrainingModule:
+    config = engine_config(recipe)
     torch.manual_seed(settings.seed)
-    engine = instantiate_from_config(config).float()
+    engine = build(config, engine_section(recipe)).float()
     if settings.first_stage:
         start_from_first_stage(engine, read_state_dict(settings.first_stage))
-    task = instantiate_from_config(settings.task)
+    task = build(settings.task, "training.task")
     module = TrainingModule(engine, task, settings.optim, settings.seed)
     if not (settings.first_stage or _names_weights(config) or _trains_encoder(engine)):
         raise ValueError(
@@ -104,7 +105,7 @@ def _trainer(lightning: Lightning, folder: Path) -> pl.Trainer:
     callbacks = [
         LastCheckpoint(folder, lightning.save.steps, lightning.save.minutes),
         JsonLog(folder, lightning.log.every),
-        *(instantiate_from_config(c) for c in lightning.callbacks.values()),
+        *(build(c, f"lightning.callbacks.{name}") for name, c in lightning.callbacks.items()),
     ]
     own = any(isinstance(callback, pl.callbacks.ModelCheckpoint) for callback in callbacks)
     options = {
@@ -113,6 +114,7 @@ def _trainer(lightning: Lightning, folder: Path) -> pl.Trainer:
         "callbacks": callbacks,
         **lightning.trainer,
     }
+    check_arguments(pl.Trainer, lightning.trainer, "lightning.trainer")
     try:
         return pl.Trainer(**_TRAINER | options)
     except (MisconfigurationException, TypeError, ValueError) as exc:

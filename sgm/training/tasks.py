@@ -42,7 +42,7 @@ def select_trainable(engine: nn.Module, names: Sequence[str]) -> list[nn.Paramet
     itself always trains, so that conditionings drop out where its embedders are frozen.
 
     Raises:
-        ValueError: a name selects nothing.
+        ValueError: a name selects nothing, or an embedder that is not trainable.
     """
     prefixes = [tuple(name.split(".")) for name in names]
     found: set[tuple[str, ...]] = set()
@@ -54,6 +54,7 @@ def select_trainable(engine: nn.Module, names: Sequence[str]) -> list[nn.Paramet
     lost = [".".join(p) for p in prefixes if p not in found]
     if lost:
         raise ValueError(f"training.task.params.trainable: no parameters under {', '.join(lost)}")
+    _refuse_fixed_embedders(engine)
     engine.eval()
     modules = dict(engine.named_modules())
     for name in names:
@@ -62,6 +63,21 @@ def select_trainable(engine: nn.Module, names: Sequence[str]) -> list[nn.Paramet
     if "conditioner" in modules:
         modules["conditioner"].training = True  # not train(), which would reach the embedders
     return [p for p in engine.parameters() if p.requires_grad]
+
+
+def _refuse_fixed_embedders(engine: nn.Module) -> None:
+    """Refuse embedders that are to learn but run without gradients."""
+    if not hasattr(engine, "conditioner"):
+        return
+    conditioner: Any = engine.conditioner
+    for i, trainable in enumerate(conditioner.trainable):
+        learns = any(p.requires_grad for p in conditioner.embedders[i].parameters())
+        if learns and not trainable:
+            raise ValueError(
+                f"training.task.params.trainable names conditioner.embedders.{i}, which cannot "
+                f"learn: set conditioner_config.params.emb_models[{i}].is_trainable to true, or "
+                "do not name it"
+            )
 
 
 def edges(x: Tensor) -> list[Tensor]:

@@ -225,6 +225,19 @@ def test_every_shipped_recipe_fits_its_model(path):
     assert typed(recipe, "lightning", Lightning).trainer["max_steps"] > 0
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["conditioner.embedders.3"], r"names conditioner\.embedders\.3, .*emb_models\[3\]\.is_tr"),
+        (["model", "conditioner"], r"names conditioner\.embedders\.0, "),
+    ],
+)
+def test_an_embedder_that_cannot_learn_is_refused(names, message):
+    """Catches a part that is asked to learn and silently does not: it runs without gradients."""
+    with pytest.raises(ValueError, match=message):
+        select_trainable(tiny_engine(), names)
+
+
 # ---------------------------------------------------------------- runs
 def autoencoder_run(folder, **optim):
     torch.manual_seed(0)

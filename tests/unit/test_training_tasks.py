@@ -25,6 +25,8 @@ LOSS = {
     },
 }
 
+LEARNS = {"conditioner_config.params.emb_models.0.is_trainable": True}
+
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
@@ -41,7 +43,7 @@ def clip_batch(clips=2, size=32):
 
 def engine_with_loss():
     """A tiny engine with a loss; its first stage samples where it is not asked for the mode."""
-    return tiny_engine(loss_fn_config=LOSS)
+    return tiny_engine(loss_fn_config=LOSS, **LEARNS)
 
 
 # ---------------------------------------------------------------- conditioning
@@ -140,7 +142,7 @@ def test_conditionings_drop_out_also_where_the_conditioner_is_frozen(names):
 
 def test_dropout_of_networks_acts_in_selected_parts_alone():
     """Catches modes decided by a module's parameters: `nn.Dropout` has none."""
-    engine = tiny_engine(**{"network_config.params.dropout": 0.5})
+    engine = tiny_engine(**{"network_config.params.dropout": 0.5}, **LEARNS)
     modes = {}
     for name in ("model", "conditioner.embedders.0"):
         select_trainable(engine, [name])
@@ -184,7 +186,7 @@ def test_reconstruction_loss_by_hand():
 
 def test_only_the_named_parts_train():
     """Catches frozen parts that get gradients and prefixes that match half a name."""
-    engine = tiny_engine()
+    engine = tiny_engine(**LEARNS)
     chosen = select_trainable(engine, ["conditioner.embedders.0"])
     inside = list(engine.conditioner.embedders[0].parameters())
     assert [id(p) for p in chosen] == [id(p) for p in inside]
