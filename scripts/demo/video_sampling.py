@@ -12,8 +12,11 @@ from typing import Any, cast
 import streamlit as st
 from PIL import ImageColor
 
+from sgm.config import check_types
+from sgm.device import default_device, parse_device
 from sgm.inference.estimate import announcement
 from sgm.inference.files import PICTURE_SUFFIXES
+from sgm.inference.memory import default_dtype
 from sgm.inference.options import GROUPS, Option, SamplingOptions, expected, option_fields
 from sgm.inference.pictures import Picture, isolate_object, load_picture, native_size
 from sgm.inference.pipeline import Callback, Progress, VideoPipeline, video_seeds
@@ -35,9 +38,10 @@ def load_pipeline(
     modified: int,  # noqa: ARG001 - part of the key
     device: str | None,
     dtype: str | None,
+    _callback: Callback,  # Streamlit leaves names with an underscore out of the key
 ) -> VideoPipeline:
     """The pipeline, loaded anew where the YAML differs or the weights were ``modified`` since."""
-    return VideoPipeline.load(files, device, dtype)
+    return VideoPipeline.load(files, device, dtype, _callback)
 
 
 @contextmanager
@@ -137,17 +141,21 @@ def sample(
     spec: ModelSpec, picture: Picture, options: SamplingOptions
 ) -> list[tuple[str, Video, bytes]]:
     """Make the videos, with progress: the name of the mp4 file, frames, the file."""
-    check_video_size("mp4", *settings(spec, picture, options).size)
+    device = parse_device(options.device) if options.device else default_device()
+    dtype = options.dtype or default_dtype(device)
+    decided = settings(spec, picture, options.replace(device=str(device), dtype=dtype))
+    check_video_size("mp4", *decided.size)
     with st.status(f"Loading {spec.name}", expanded=True) as status, TemporaryDirectory() as folder:
         picture = isolate_object(picture) if spec.orbit else picture
         files = find_model(spec.name)
-        modified = files.checkpoint.stat().st_mtime_ns
-        pipeline = load_pipeline(files, modified, options.device, options.dtype)
-        status.update(label=f"Sampling with {spec.name} on {pipeline.device}", expanded=True)
-        decided = pipeline.settings(picture, options)
+        check_types(files.config, f"{files.config_path.name}: model")
         if about := announcement(files, decided, options.videos_per_image):
             st.write(about)
-        made = pipeline(picture, options, callback=progress_bars())
+        modified = max(file.stat().st_mtime_ns for file in files.weight_files())
+        callback = progress_bars()
+        pipeline = load_pipeline(files, modified, options.device, options.dtype, callback)
+        status.update(label=f"Sampling with {spec.name} on {pipeline.device}", expanded=True)
+        made = pipeline(picture, options, callback=callback)
         status.update(label="Done", expanded=False)
         videos = made if isinstance(made, list) else [made]
         paths = [Path(folder, f"{spec.name}_{seed}.mp4") for seed in video_seeds(options)]

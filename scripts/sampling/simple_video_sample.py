@@ -81,17 +81,19 @@ def run(request: Request) -> int:
 
 def load(job: Job, line: ProgressLine | None) -> "VideoPipeline":
     """Load the model; before that, say how long things will take."""
+    from sgm.config import check_types
     from sgm.inference.estimate import announcement, reading_seconds
     from sgm.inference.pipeline import VideoPipeline
 
+    check_types(job.files.config, f"{job.files.config_path}: model")
     options = job.settings.options
     about = announcement(job.files, job.settings, len(job.inputs) * options.videos_per_image)
     if about:
         print(about, file=sys.stderr)
     if line:
-        reading = duration(reading_seconds(job.files.checkpoint))
+        reading = duration(reading_seconds(job.files.weight_files()))
         line.show(f"loading {job.files.checkpoint.name}, about {reading}")
-    return VideoPipeline.load(job.files, options.device, options.dtype)
+    return VideoPipeline.load(job.files, options.device, options.dtype, line)
 
 
 def announce_defaults(request: Request, job: Job) -> None:

@@ -77,7 +77,7 @@ def plan_job(request: Request) -> Job:
         return _plan(request)
     earlier = record.read_record(request.repeat)
     job = _plan(record.repeat_request(request, earlier))
-    with record.background_sha256(job.files.checkpoint) as checkpoint_sha256:
+    with record.background_sha256(job.files.weight_files) as checkpoint_sha256:
         record.refuse_changes(request, earlier, job.files, checkpoint_sha256)
     return job
 
@@ -97,7 +97,7 @@ def make_videos(
     """
     finished = record.finished_runs(job.folder) if job.request.resume else []
     pipeline: VideoPipeline | None = None
-    with record.background_sha256(job.files.checkpoint) as checkpoint_sha256:
+    with record.background_sha256(job.files.weight_files) as checkpoint_sha256:
         for source in job.inputs:
             try:
                 runs = list(_runs(job, source))
@@ -125,8 +125,8 @@ class _Run:
 
 def _plan(request: Request) -> Job:
     options = to_options(request)
-    files = find_model(request.version, request.config, request.ckpt_path)
     inputs = expand_inputs(request.input_path or (find_file(SAMPLE_PICTURE) or SAMPLE_PICTURE,))
+    files = find_model(request.version, request.config, request.ckpt_path)  # may fetch gigabytes
     settings = resolve(options, files.config, files.spec, (files.spec.height, files.spec.width))
 
     format = request.format or "mp4"

@@ -8,6 +8,7 @@ Shapes: t frames, z latent channels, f downsampling factor, h height, w width, d
 """
 
 import time
+from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -63,12 +64,12 @@ def estimate_seconds(files: ModelFiles, settings: Settings) -> float:
 def bound_seconds(files: ModelFiles, settings: Settings) -> float:
     """Seconds that one video will hardly exceed, found in half a second: whether to look closer.
 
-    As if every weight of the file multiplied at every position of the latents in every call; the
+    As if every weight of the files multiplied at every position of the latents in every call; the
     real U-Net is narrow where it is large, so that it does about a ninth of that.
     """
     with torch.device("meta"):
         first_stage = instantiate_from_config(files.config["params"]["first_stage_config"])
-    weights = files.checkpoint.stat().st_size / BYTES_PER_WEIGHT
+    weights = sum(file.stat().st_size for file in files.weight_files()) / BYTES_PER_WEIGHT
     height, width = settings.size
     positions = settings.frames * height * width / first_stage.downsampling**2
     flops = 2 * weights * positions * network_calls(settings)
@@ -111,14 +112,15 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / fastest
 
 
-def reading_seconds(path: Path) -> float:
-    """Seconds to read a file, from how long its middle takes."""
-    size = path.stat().st_size
-    with path.open("rb", buffering=0) as file:
-        file.seek(max(0, size - READ_SAMPLE) // 2)
+def reading_seconds(paths: Sequence[Path]) -> float:
+    """Seconds to read files, from how long the middle of the largest takes."""
+    sizes = {path: path.stat().st_size for path in paths}
+    largest = max(sizes, key=sizes.__getitem__)
+    with largest.open("rb", buffering=0) as file:
+        file.seek(max(0, sizes[largest] - READ_SAMPLE) // 2)
         began = time.perf_counter()
         read = len(file.read(READ_SAMPLE))
-        return (time.perf_counter() - began) * size / max(1, read)
+        return (time.perf_counter() - began) * sum(sizes.values()) / max(1, read)
 
 
 def _network_flops(

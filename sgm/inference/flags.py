@@ -28,6 +28,7 @@ _EXAMPLES = """\
 Examples:
   simple_video_sample.py
   simple_video_sample.py --input_path photo.jpg --version svd_xt --motion_bucket_id 180
+  simple_video_sample.py photo.jpg --ckpt_path stabilityai/stable-video-diffusion-img2vid-xt
   simple_video_sample.py holiday/*.jpg --fps 12 --format gif --seed 7 --videos_per_image 3
   simple_video_sample.py --input_path photos/ --output_folder videos --resume
   simple_video_sample.py --repeat outputs/simple_video_sample/svd_xt/000004.json --num_steps 50
@@ -64,11 +65,14 @@ class Request:
         kind="paths",
     )
     version: str | None = _flag(
-        f"Model: one of {', '.join(SPECS)}.", "the first of these whose weights are there"
+        f"Model: one of {', '.join(SPECS)}.",
+        "what the weights of --ckpt_path are, else the first of these whose weights are there",
     )
     config: str | None = _flag("YAML of the model.", "configs/VERSION.yaml")
     ckpt_path: str | None = _flag(
-        "Weights of the model, .safetensors or .ckpt.", "checkpoints/VERSION.safetensors"
+        "Weights of the model: a .safetensors or .ckpt file (also MindSpore's), a diffusers folder "
+        "or a repository of the Hugging Face hub, OWNER/NAME, which is fetched when first used.",
+        "checkpoints/VERSION.safetensors",
     )
     output_folder: str | None = _flag(
         "Where the videos go; made if absent.", str(OUTPUT_FOLDER / "VERSION")

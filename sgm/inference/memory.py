@@ -1,5 +1,7 @@
 """Where weights live, and in which type."""
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import nn
 
@@ -23,25 +25,53 @@ def first_stage_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def place(engine: DiffusionEngine, device: torch.device, dtype: torch.dtype) -> None:
+Report = Callable[[int, int], None]
+
+
+def place(
+    engine: DiffusionEngine, device: torch.device, dtype: torch.dtype, report: Report | None = None
+) -> None:
     """Bring the parts that sampling uses to a device and type; the others stay where they are.
 
     The first stage's encoder and the condition autoencoder's decoder are not used: mapped from a
     file, they are never read.
+
+    Args:
+        engine: with weights.
+        device: where they go.
+        dtype: of the U-Net; the autoencoders may need a wider one.
+        report: called with the bytes that are placed, and all that will be.
     """
-    autoencoder_dtype = first_stage_dtype(dtype)
-    engine.model.to(device, dtype)
-    _place(engine.first_stage_model, device, autoencoder_dtype, unused="encoder")
-    for embedder in engine.conditioner.embedders:
-        encoder = getattr(embedder, "encoder", None)
-        if isinstance(encoder, nn.Module):
-            _place(encoder, device, autoencoder_dtype, unused="decoder")
-        else:
-            embedder.to(device, dtype)
+    tensors = [
+        (tensor, number)
+        for part, number in _used_parts(engine, dtype)
+        for tensor in (*part.parameters(), *part.buffers())
+    ]
+    total = sum(tensor.nbytes for tensor, _ in tensors)
+    done = 0
+    for tensor, number in tensors:
+        done += tensor.nbytes
+        tensor.data = tensor.data.to(device, number if tensor.is_floating_point() else None)
+        if report:
+            report(done, total)
     engine.eval().requires_grad_(False)
 
 
-def _place(module: nn.Module, device: torch.device, dtype: torch.dtype, unused: str) -> None:
-    for name, child in module.named_children():
-        if name != unused:
-            child.to(device, dtype)
+def _used_parts(
+    engine: DiffusionEngine, dtype: torch.dtype
+) -> Iterator[tuple[nn.Module, torch.dtype]]:
+    """What sampling uses, with its types."""
+    autoencoder_dtype = first_stage_dtype(dtype)
+    yield engine.model, dtype
+    for part in _without(engine.first_stage_model, "encoder"):
+        yield part, autoencoder_dtype
+    for embedder in engine.conditioner.embedders:
+        encoder = getattr(embedder, "encoder", None)
+        if isinstance(encoder, nn.Module):
+            yield from ((part, autoencoder_dtype) for part in _without(encoder, "decoder"))
+        else:
+            yield embedder, dtype
+
+
+def _without(module: nn.Module, unused: str) -> list[nn.Module]:
+    return [child for name, child in module.named_children() if name != unused]

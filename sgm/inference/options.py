@@ -15,7 +15,7 @@ from textwrap import TextWrapper
 from typing import Any, Self
 
 GUIDANCE_SHAPES = ("constant", "linear", "triangle", "trapezoid", "none")
-SAMPLERS = ("euler", "heun", "euler_ancestral", "dpmpp_2s_ancestral", "dpmpp_2m", "lms")
+SAMPLERS = ("euler", "heun", "euler_ancestral", "dpmpp_2s_ancestral", "dpmpp_2m", "lms", "lcm")
 DTYPES = ("float32", "float16", "bfloat16")
 FITS = ("cover", "contain", "stretch")
 OUTPUTS = ("frames", "numpy", "tensor", "latents")

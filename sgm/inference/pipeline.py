@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 # Types with a larger range, or finer steps, than the one that a result was not finite in.
 _WIDER = {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32"}
 
-Stage = Literal["encoding", "sampling", "decoding"]
+Stage = Literal["loading", "encoding", "sampling", "decoding"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Progress:
 
     Attributes:
         stage: what is being done.
-        step: steps of the stage that are done.
+        step: steps of the stage that are done; of loading, megabytes.
         total: all steps of the stage.
         sigma: the noise level that the last sampling step began with.
         latents: the clean latents (t, z, h / f, w / f) as estimated there, scaled.
@@ -76,6 +76,7 @@ class VideoPipeline:
         files: where it comes from.
         device: where to compute; None for the fastest there is.
         dtype: type of the U-Net; None for the best that the device is fast in.
+        callback: called while the weights go to the device; returning False ends that.
     """
 
     def __init__(
@@ -84,11 +85,16 @@ class VideoPipeline:
         files: ModelFiles,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        callback: Callback | None = None,
     ) -> None:
         self.engine, self.files, self.spec = engine, files, files.spec
         self.device = default_device() if device is None else torch.device(device)
         self.dtype = dtype or default_dtype(self.device)
-        place(engine, self.device, self.dtype)
+
+        def placed(done: int, total: int) -> None:
+            _report(callback, Progress("loading", done // 10**6, max(1, total // 10**6)))
+
+        place(engine, self.device, self.dtype, placed)
 
     @classmethod
     def from_spec(
@@ -103,14 +109,16 @@ class VideoPipeline:
         """Load a named model.
 
         The YAML is looked for in the working directory, the checkout and the package, in that
-        order; the weights are the given file, else the YAML's ``ckpt_path``, else
-        ``checkpoints/NAME.safetensors``.
+        order; the weights are the given ones, else the YAML's ``ckpt_path``, else those under the
+        model's name in ``checkpoints/``.
 
         Args:
-            name: a row of :data:`sgm.inference.specs.SPECS`; None for the one that the given
-                file is named after, or without such files the first whose weights are there.
+            name: a row of :data:`sgm.inference.specs.SPECS`; None for the one that the given YAML
+                is named after or the given weights belong to, or without such files the first
+                whose weights are there.
             config: another YAML than the model's own.
-            ckpt_path: another file of weights.
+            ckpt_path: other weights: a file of any known format, a folder, or a repository of the
+                Hugging Face hub, ``owner/name``, whose files are fetched if they are not here yet.
             device: such as ``cuda:1``; None for the fastest there is.
             dtype: ``float32``, ``float16`` or ``bfloat16``; None for the best that is fast.
 
@@ -126,8 +134,12 @@ class VideoPipeline:
         files: ModelFiles,
         device: str | None = None,
         dtype: str | torch.dtype | None = None,
+        callback: Callback | None = None,
     ) -> Self:
-        """Load a model whose files are found; arguments and errors as in :meth:`from_spec`."""
+        """Load a model whose files are found.
+
+        ``callback`` is called as by the constructor; all else as in :meth:`from_spec`.
+        """
         asked = SamplingOptions.from_dict({"device": device, "dtype": dtype})
         target = parse_device(asked.device) if asked.device else default_device()
         number = getattr(torch, asked.dtype) if asked.dtype else None
@@ -142,8 +154,9 @@ class VideoPipeline:
         with memory_errors(
             f"{name} does not fit on {target}; try --dtype float16 or another --device"
         ):
-            load_checkpoint(engine, files.checkpoint)
-            return cls(engine, files, target, number)
+            overlay = files.checkpoint if files.base else None
+            load_checkpoint(engine, files.base or files.checkpoint, overlay=overlay)
+            return cls(engine, files, target, number, callback)
 
     @property
     def latent_channels(self) -> int:

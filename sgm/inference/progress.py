@@ -38,7 +38,8 @@ class StageClock:
             # Sampling first reports after a step: it began where the stage before it ended.
             self._stage, self._began = progress.stage, self._last if progress.step else now
         self._last = now
-        text = f"{progress.stage} {progress.step}/{progress.total}"
+        unit = " MB" if progress.stage == "loading" else ""
+        text = f"{progress.stage} {progress.step}/{progress.total}{unit}"
         if 0 < progress.step < progress.total:
             left = (now - self._began) / progress.step * (progress.total - progress.step)
             text += f", {duration(left)} left"

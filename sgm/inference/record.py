@@ -3,7 +3,7 @@
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -169,18 +169,26 @@ def refuse_changes(
 
 
 @contextmanager
-def background_sha256(path: Path) -> Iterator[Callable[[], str]]:
-    """Hash a large file in another thread; the function that the block gets waits for the result.
+def background_sha256(find: Callable[[], Sequence[Path]]) -> Iterator[Callable[[], str]]:
+    """Hash the large files that ``find`` gives, all in another thread.
 
-    Leaving the block ends the work.
+    The function that the block gets waits for the result, and raises what went wrong. It is the
+    hash of the only file, or that of the hashes of several in rising order, a line for each: where
+    they lie and how they are called does not count. Leaving the block ends the work.
     """
     from sgm.checkpoint import sha256_of
 
     cancel = Event()
+
+    def digest() -> str:
+        digests = sorted(sha256_of(path, cancel) or "" for path in find())
+        lines = "\n".join(digests)
+        return lines if len(digests) == 1 else hashlib.sha256(lines.encode()).hexdigest()
+
     with ThreadPoolExecutor(1, "sha256") as pool:
-        future = pool.submit(sha256_of, path, cancel)
+        future = pool.submit(digest)
         try:
-            yield lambda: cast(str, future.result())
+            yield future.result
         finally:
             cancel.set()
 
@@ -197,4 +205,5 @@ def _sha256_of_config(files: ModelFiles) -> str:
 
 
 def _located(path: Path, sha256: str | None) -> Record:
-    return {"path": str(path.expanduser().resolve()), "sha256": sha256}
+    # Links are kept: the hub's cache gives files their names by them.
+    return {"path": str(path.expanduser().absolute()), "sha256": sha256}

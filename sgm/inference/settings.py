@@ -15,7 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from sgm.inference.options import SamplingOptions
-from sgm.inference.specs import SPECS, ModelSpec, default_spec, find_config, find_file, get_spec
+from sgm.inference.specs import SPECS, ModelSpec, default_spec, find_config, get_spec
+from sgm.inference.weights import base_of, given_weights, own_weights, tell_model
 
 Config = dict[str, Any]
 
@@ -33,6 +34,7 @@ SAMPLER_TARGETS = {
     "dpmpp_2s_ancestral": f"{_SAMPLING}.DPMPP2SAncestralSampler",
     "dpmpp_2m": f"{_SAMPLING}.DPMPP2MSampler",
     "lms": f"{_SAMPLING}.LinearMultistepSampler",
+    "lcm": f"{_SAMPLING}.LCMSampler",
 }
 GUIDER_TARGETS = {
     "constant": f"{_GUIDERS}.VanillaCFG",
@@ -101,13 +103,26 @@ class ModelFiles:
         spec: its row in the table of models.
         config_path: its YAML.
         config: the ``model`` section of that.
-        checkpoint: its weights.
+        checkpoint: its weights, a file or a folder.
+        base: the weights of what ``checkpoint`` lacks, where that is a U-Net alone.
     """
 
     spec: ModelSpec
     config_path: Path
     config: Config
     checkpoint: Path
+    base: Path | None = None
+
+    def weight_files(self) -> tuple[Path, ...]:
+        """All files that weights are read from.
+
+        Raises:
+            ValueError: one cannot be read.
+        """
+        from sgm.checkpoint import open_checkpoint
+
+        paths = (self.checkpoint, self.base) if self.base else (self.checkpoint,)
+        return tuple(file for path in paths for file in open_checkpoint(path).files)
 
 
 def find_model(
@@ -120,39 +135,30 @@ def find_model(
     Raises:
         ValueError: unknown name, missing or unfit file.
     """
-    spec = get_spec(name) if name else _spec_of(config, ckpt_path)
-    path = Path(config).expanduser() if config else find_config(spec.name)
-    model = read_config(path)
-    return ModelFiles(spec, path, model, find_weights(spec, model, ckpt_path))
+    spec = get_spec(name) if name else None
+    yaml = Path(config).expanduser() if config else None
+    if yaml is not None:
+        model = read_config(yaml)
+        spec = spec or SPECS.get(yaml.stem)
+    given = given_weights(str(ckpt_path), spec) if ckpt_path else None
+    if spec is None:
+        spec = _spec_of(yaml, given)
+    if yaml is None:
+        yaml = find_config(spec.name)
+        model = read_config(yaml)
+    checkpoint = given or own_weights(spec, (model.get("params") or {}).get("ckpt_path"))
+    return ModelFiles(spec, yaml, model, checkpoint, base_of(spec, checkpoint))
 
 
-def _spec_of(*given: str | Path | None) -> ModelSpec:
-    """The row that a file's own name tells, or the default where no file is given."""
-    files = [Path(path) for path in given if path]
-    for file in files:
-        if file.stem in SPECS:
-            return SPECS[file.stem]
-    if files:
-        names = ", ".join(SPECS)
-        raise ValueError(f"{files[0].name}: say with --version which model it is ({names})")
-    return default_spec()
-
-
-def find_weights(spec: ModelSpec, model: Config, ckpt_path: str | Path | None = None) -> Path:
-    """The file of a model's weights.
-
-    Raises:
-        ValueError: it is not there; what is missing is named.
-    """
-    asked = ckpt_path or (model.get("params") or {}).get("ckpt_path")
-    found = find_file(Path(asked).expanduser()) if asked else spec.checkpoint
-    if found is None:
-        wanted = asked or f"checkpoints/{spec.name}.safetensors"
+def _spec_of(config: Path | None, weights: Path | None) -> ModelSpec:
+    """The row that weights belong to, or the default where no file is given."""
+    if weights is not None:
+        return tell_model(weights)
+    if config is not None:
         raise ValueError(
-            f"{spec.name} needs its weights at {wanted}, and there is no such file: "
-            "put it there (see checkpoints/README.md), or give --ckpt_path"
+            f"{config.name}: say with --version which model it is ({', '.join(SPECS)})"
         )
-    return found
+    return default_spec()
 
 
 @dataclass(frozen=True)

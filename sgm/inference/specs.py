@@ -29,6 +29,12 @@ class ModelSpec:
         orbit: the camera circles an object (SV3D): the picture's object is cut out, the condition
             picture is the last frame, and pixels take the place of a scene.
         about: one line for people who choose.
+        repository: where it is published on the Hugging Face hub; None for what comes with this
+            project.
+        published: its file there; by default NAME.safetensors.
+        pipeline: the repository also holds it as a diffusers pipeline, which is half the size.
+        base: the model whose weights it takes, but for the U-Net, which is all that its own file
+            holds.
     """
 
     name: str
@@ -43,24 +49,63 @@ class ModelSpec:
     cond_aug: float = 0.02
     decoding_t: int = 14
     orbit: bool = False
+    repository: str | None = None
+    published: str | None = None
+    pipeline: bool = False
+    base: str | None = None
+
+    @property
+    def file(self) -> str:
+        """Name of its file, as published."""
+        return self.published or f"{self.name}.safetensors"
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """Names that its files and folders have: its own, its file's and its repository's.
+
+        Also its own without the decoder's kind, which the keys tell.
+        """
+        repository = (self.repository or self.name).rpartition("/")[2]
+        file = self.file.removesuffix(".safetensors")
+        return self.name, self.name.removesuffix("_image_decoder"), file, repository
 
     @property
     def checkpoint(self) -> Path | None:
-        """The weights under ``checkpoints/`` of the working directory or the checkout, if there."""
-        return find_file(Path("checkpoints") / f"{self.name}.safetensors")
+        """The weights under ``checkpoints/`` of the working directory or the checkout, if there.
+
+        A file NAME.safetensors or NAME.ckpt, or the folder NAME of a diffusers pipeline. None also
+        where the weights of ``base`` are not there.
+        """
+        if self.base and SPECS[self.base].checkpoint is None:
+            return None
+        names = f"{self.name}.safetensors", f"{self.name}.ckpt", f"{self.name}/unet"
+        found = (find_path(Path("checkpoints") / name) for name in names)
+        return next((p.parent if p.name == "unet" else p for p in found if p), None)
 
 
-def _svd(name: str, about: str) -> ModelSpec:
-    return ModelSpec(name, 14, 576, 1024, 25, 1.0, 2.5, about)
+_HUB = "stabilityai/stable-video-diffusion-img2vid"
 
 
-def _xt(name: str, about: str) -> ModelSpec:
-    return ModelSpec(name, 25, 576, 1024, 30, 1.5, 3.0, about)
+def _svd(name: str, about: str, pipeline: bool = True) -> ModelSpec:
+    return ModelSpec(name, 14, 576, 1024, 25, 1.0, 2.5, about, repository=_HUB, pipeline=pipeline)
+
+
+def _xt(name: str, about: str, suffix: str = "-xt", pipeline: bool = True) -> ModelSpec:
+    return ModelSpec(
+        name, 25, 576, 1024, 30, 1.5, 3.0, about, repository=_HUB + suffix, pipeline=pipeline
+    )
 
 
 def _sv3d(name: str, about: str) -> ModelSpec:
-    shape = {"guidance_shape": "triangle", "cond_aug": 1e-5, "orbit": True}
-    return ModelSpec(name, 21, 576, 576, 50, 1.0, 2.5, about, **shape)  # type: ignore[arg-type]
+    return ModelSpec(
+        name,
+        *(21, 576, 576, 50, 1.0, 2.5),
+        about,
+        guidance_shape="triangle",
+        cond_aug=1e-5,
+        orbit=True,
+        repository="stabilityai/sv3d",
+    )
 
 
 # In the order of preference: the first whose weights are there is the default.
@@ -70,11 +115,24 @@ SPECS = {
         _xt("svd_xt", "25 frames of 576x1024"),
         _svd("svd", "14 frames of 576x1024"),
         ModelSpec("svd_tiny", 14, 64, 64, 25, 1.0, 2.0, "14 frames of 64x64, bundled"),
-        _xt("svd_xt_1_1", "25 frames of 576x1024, tuned at 6 frames/s and motion 127"),
-        _svd("svd_image_decoder", "svd with a decoder that takes frames one by one"),
-        _xt("svd_xt_image_decoder", "svd_xt with a decoder that takes frames one by one"),
+        _xt("svd_xt_1_1", "25 frames of 576x1024, tuned at 6 frames/s and motion 127", "-xt-1-1"),
+        _svd("svd_image_decoder", "svd with a decoder that takes frames one by one", False),
+        _xt(
+            "svd_xt_image_decoder",
+            "svd_xt with a decoder that takes frames one by one",
+            pipeline=False,
+        ),
         _sv3d("sv3d_u", "21 views around an object, 576x576"),
         _sv3d("sv3d_p", "21 views around an object, 576x576, camera path given"),
+        ModelSpec(
+            "svd_xt_lcm",
+            *(25, 576, 1024, 4, 1.0, 1.2),
+            "25 frames of 576x1024 in 2 to 8 steps, without guidance",
+            guidance_shape="none",
+            repository="wangfuyun/AnimateLCM-SVD-xt",
+            published="AnimateLCM-SVD-xt.safetensors",
+            base="svd_xt",
+        ),
     )
 }
 
@@ -101,7 +159,8 @@ def default_spec() -> ModelSpec:
             return spec
     raise ValueError(
         "no weights found: put one of "
-        f"{', '.join(f'{name}.safetensors' for name in SPECS)} under checkpoints/"
+        f"{', '.join(f'{name}.safetensors' for name in SPECS)} under checkpoints/, or fetch one "
+        "with 'python scripts/download.py NAME'"
     )
 
 
@@ -111,6 +170,11 @@ def find_file(path: str | Path) -> Path | None:
     Looks in the working directory, the checkout and the installed package, in that order.
     """
     return next((base for base in _candidates(Path(path)) if base.is_file()), None)
+
+
+def find_path(path: str | Path) -> Path | None:
+    """Find a file or a folder, in the places of `find_file`."""
+    return next((base for base in _candidates(Path(path)) if base.exists()), None)
 
 
 def find_config(name: str) -> Path:

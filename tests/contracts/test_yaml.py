@@ -25,6 +25,7 @@ PUBLISHED = {
     "svd": "svd",
     "svd_xt": "svd",
     "svd_xt_1_1": "svd",
+    "svd_xt_lcm": "svd",
     "svd_image_decoder": "svd_image_decoder",
     "svd_xt_image_decoder": "svd_image_decoder",
     "sv3d_u": "sv3d_u",

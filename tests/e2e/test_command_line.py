@@ -125,7 +125,7 @@ def test_the_script_itself_exits_with_the_code():
         (["--resume", "photos"], "--resume is a switch"),
         (["--version=svd3"], "version must be one of svd_xt, svd,"),
         (["--version=svd"], "svd needs its weights at checkpoints/svd.safetensors"),
-        (["--ckpt_path=photos/a.png"], "a.png: say with --version which model it is"),
+        (["--ckpt_path=photos/a.png"], "expected a checkpoint ending in"),
         (["--config=absent.yaml", "--version=svd_tiny"], "config 'absent.yaml': no such file"),
         (["--input_path=absent.jpg"], "input 'absent.jpg': no such file"),
         (["photos/a.png", "absent.jpg"], "input 'absent.jpg': no such file"),

@@ -8,8 +8,10 @@ import av
 import numpy as np
 import pytest
 import streamlit as st
+import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from safetensors.torch import save_file
 from streamlit.testing.v1 import AppTest
 
 from sgm.inference import specs
@@ -181,7 +183,7 @@ def test_model_is_loaded_once(page):
     make(page)
     modified = weights.stat().st_mtime_ns
     weights.unlink()
-    weights.write_bytes(b"no weights")
+    save_file({"no": torch.zeros(1)}, weights)
     os.utime(weights, ns=(modified, modified))
     page.number_input("seed").set_value(24)
     assert not make(page).error
@@ -189,10 +191,23 @@ def test_model_is_loaded_once(page):
     assert make(page).error
 
 
-def test_a_long_run_is_announced(page, monkeypatch):
+def test_a_long_run_is_announced_before_its_model_is_loaded(page, monkeypatch):
+    # Catches: an estimate that comes when loading, the first long wait, is over or has failed.
     monkeypatch.setattr("sgm.inference.estimate.LONG", 1e-9)
-    shown = [text.value for text in make(page).markdown]
+    weights = Path("checkpoints/svd_tiny.safetensors")
+    weights.unlink()
+    save_file({"no": torch.zeros(1)}, weights)
+    made = make(page)
+    assert made.error
+    shown = [text.value for text in made.markdown]
     assert any(text.startswith("svd_tiny on this ") and "a video" in text for text in shown)
+
+
+def test_a_wrong_type_in_the_yaml_is_one_line(page):
+    path = Path("configs/svd_tiny.yaml")
+    OmegaConf.save(tiny_config(**{"network_config.params.num_res_blocks": "some"}), path)
+    (error,) = make(page).error
+    assert error.value.startswith("svd_tiny.yaml: model.params.network_config.params.num_res_blo")
 
 
 def test_without_weights_the_page_says_what_to_do(place):

@@ -142,8 +142,14 @@ def test_hashing_in_the_background(tmp_path, monkeypatch):
     monkeypatch.setenv("SGM_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "weights"
     path.write_bytes(b"some")
-    with record.background_sha256(path) as sha256:
+    with record.background_sha256(lambda: [path]) as sha256:
         assert sha256() == hashlib.sha256(b"some").hexdigest()
+    other = tmp_path / "more"
+    other.write_bytes(b"other")
+    digests = sorted(hashlib.sha256(each).hexdigest() for each in (b"some", b"other"))
+    for find in (lambda: [path, other], lambda: [other, path]):
+        with record.background_sha256(find) as sha256:
+            assert sha256() == hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,7 @@ class BaseDiffusionSampler(ABC):
         steps = default(num_steps, self.num_steps)
         if steps is None:
             raise ValueError("expected num_steps in the sampler's config or in its call, got none")
-        sigmas: list[float] = self.discretization(steps).tolist()
+        sigmas = self.noise_levels(steps)
         denoise = self._guided(denoiser, cond, uc, num_frames)
         run = Run(sigmas, denoise, noise_fn, deque(maxlen=self.memory))
         x = x * math.sqrt(1 + sigmas[0] ** 2)
@@ -185,6 +185,15 @@ class BaseDiffusionSampler(ABC):
             if callback is not None and callback(i + 1, steps, sigma, denoised) is False:
                 break
         return x
+
+    def noise_levels(self, steps: int) -> list[float]:
+        """The levels of a run: ``steps`` falling ones, then zero.
+
+        Raises:
+            ValueError: an impossible number of steps.
+        """
+        levels: list[float] = self.discretization(steps).tolist()
+        return levels
 
     @abstractmethod
     def step(self, x: Tensor, i: int, run: Run) -> Step:
@@ -334,3 +343,36 @@ class LinearMultistepSampler(BaseDiffusionSampler):
         for weight, slope in zip(weights, run.past, strict=True):
             x = x + weight * slope
         return x, denoised
+
+
+class LCMSampler(BaseDiffusionSampler):
+    """Multistep sampling of a consistency model (Song et al. 2023, algorithm 1), in a few steps.
+
+    A consistency model's estimate is the end of the path that starts at ``x``, so each step goes
+    all the way to clean data and then back up to the next level by fresh noise. As AnimateLCM-SVD
+    does (Wang et al. 2024), the added noise has the standard deviation ``tau`` where the algorithm
+    has ``sqrt(tau^2 - epsilon^2)``, ``epsilon`` being the lowest level: 0.1 % more for the last of
+    8 steps, nothing for the others.
+
+    Args:
+        train_steps: length of the schedule that the model was distilled on. A run of ``n`` steps
+            takes every ``train_steps // n``-th level of it from the highest on, so that a few steps
+            never spend one on the lowest level, where nothing is left to do.
+        kwargs: see ``BaseDiffusionSampler``; ``discretization_config`` gives the whole schedule.
+    """
+
+    def __init__(self, train_steps: int = 40, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.train_steps = train_steps
+
+    def noise_levels(self, steps: int) -> list[float]:
+        """See ``BaseDiffusionSampler``."""
+        if not 1 <= steps <= self.train_steps:
+            raise ValueError(f"expected 1 to {self.train_steps} sampling steps, got {steps}")
+        stride = self.train_steps // steps
+        return [*super().noise_levels(self.train_steps)[: steps * stride : stride], 0.0]
+
+    def step(self, x: Tensor, i: int, run: Run) -> Step:
+        """Estimate the clean data, and add noise of the next level."""
+        denoised, after = run.denoise(x, run.sigmas[i]), run.sigmas[i + 1]
+        return (denoised + after * run.noise(x) if after > 0 else denoised), denoised
