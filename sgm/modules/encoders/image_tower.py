@@ -171,15 +171,19 @@ class VisionTransformer(nn.Module):
             raise ValueError(
                 f"arch: width {spec.width} is no multiple of head_width {spec.head_width}"
             )
-        w, scale = spec.width, spec.width**-0.5
+        w = spec.width
         tokens = 1 + (spec.image_size // spec.patch_size) ** 2
         self.conv1 = nn.Conv2d(3, w, spec.patch_size, spec.patch_size, bias=False)
-        self.class_embedding = nn.Parameter(scale * torch.randn(w))
-        self.positional_embedding = nn.Parameter(scale * torch.randn(tokens, w))
+        self.class_embedding = nn.Parameter(torch.empty(w))
+        self.positional_embedding = nn.Parameter(torch.empty(tokens, w))
         self.ln_pre = nn.LayerNorm(w)
         self.transformer = Transformer(spec)
         self.ln_post = nn.LayerNorm(w)
-        self.proj = nn.Parameter(scale * torch.randn(w, spec.embed_dim))
+        self.proj = nn.Parameter(torch.empty(w, spec.embed_dim))
+        # Of variance 1 / w; uniform, as normal draws on the meta device import torch's compiler.
+        bound = (3 / w) ** 0.5
+        for parameter in (self.class_embedding, self.positional_embedding, self.proj):
+            nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(n, 3, size, size), normalised -> (n, d)."""
