@@ -67,6 +67,7 @@ def write_recipe(folder, photos, name, **changes):
         },
     }
     merged = OmegaConf.merge(tiny_config(scale_factor=2.0), shipped, short)
+    merged.model.params.conditioner_config.params.emb_models[0].is_trainable = True
     for path, value in changes.items():
         OmegaConf.update(merged, path, value)
     OmegaConf.save(merged, folder / f"{name}.yaml")
