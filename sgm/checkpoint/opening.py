@@ -2,16 +2,18 @@
 
 import re
 from collections.abc import Mapping
+from functools import reduce
 from os import PathLike
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from sgm.checkpoint.folder import open_folder
 from sgm.checkpoint.identify import identify
 from sgm.checkpoint.reading import is_file, open_file
 from sgm.checkpoint.source import Selection, Source
-from sgm.convert import NATIVE, Conversion, detect, folder_part, plan
+from sgm.convert import NATIVE, Conversion, Entry, detect, folder_part, plan
 
 # Training wraps the engine; parallel and compiled training wrap it again.
 _WRAPPERS = re.compile(r"^((engine|module|_forward_module|_orig_mod)\.)+")
@@ -105,12 +107,8 @@ class Converted(Source):
         self._source = source
         self._entries = {entry.key: entry for entry in conversion.entries}
         self.conversion = conversion
-        blanks = {key: self._make(key, source.tensors) for key in self._entries}
+        blanks = {entry.key: _blank(entry, source.tensors) for entry in conversion.entries}
         super().__init__(source.path, blanks, source.metadata)
-
-    def _make(self, key: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        entry = self._entries[key]
-        return entry.make(*(tensors[name] for name in entry.sources))
 
     @property
     def files(self) -> tuple[Path, ...]:  # noqa: D102 - as in the base class
@@ -126,3 +124,13 @@ class Converted(Source):
 
     def require_unchanged(self) -> None:  # noqa: D102
         self._source.require_unchanged()
+
+
+def _blank(entry: Entry, tensors: Mapping[str, Tensor]) -> Tensor:
+    """What ``entry`` will make, without values.
+
+    By its shape, and not by making it of blanks: much that is computed on the meta device imports
+    torch's compiler first, which takes seconds.
+    """
+    types = (tensors[name].dtype for name in entry.sources)
+    return torch.empty(entry.shape, dtype=reduce(torch.promote_types, types), device="meta")
