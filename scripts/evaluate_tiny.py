@@ -1,8 +1,8 @@
-"""Measure a model on held-out photographs: fidelity, motion, coherence, sharpness, colour.
+"""Measure a model on photographs it has not seen: fidelity, motion, coherence, sharpness, colour.
 
 Make the photographs' file by ``scripts/prepare_photos.py`` first, then::
 
-    python scripts/evaluate_tiny.py heldout.safetensors --output outputs/evaluation
+    python scripts/evaluate_tiny.py test.safetensors --output outputs/evaluation
 
 prints a table and writes ``figures.json``, and ``bucket_N.png`` for each motion bucket: a row per
 photograph, which is the input picture and seven frames of its video. The exit code is 1 where a

@@ -11,7 +11,7 @@ import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
-from sgm.checkpoint import read_state_dict
+from sgm.checkpoint import open_checkpoint, read_state_dict
 from sgm.config import build, check_arguments
 from sgm.training.assemble import OTHER_SEED, measure_latents, start_from_first_stage, write_half
 from sgm.training.callbacks import JsonLog, LastCheckpoint
@@ -22,6 +22,8 @@ from sgm.training.settings import Data, Lightning, Training
 from sgm.training.tasks import ReconstructionTask
 
 logger = logging.getLogger(__name__)
+
+SCALE_TOLERANCE = 0.02
 
 _TRAINER = {
     "max_epochs": -1,  # steps count; an epoch has no end
@@ -54,6 +56,8 @@ def train(recipe: DictConfig, folder: Path, resume: bool) -> Path:
     last = folder / "last.ckpt"
     if last.exists() and not resume:
         raise ValueError(f"{folder} has a run: continue it with --resume, or name another --logdir")
+    if resume and not last.exists():
+        logger.warning("%s has no saved run to resume: starting at step 0", folder)
     settings, lightning = typed(recipe, "training", Training), typed(recipe, "lightning", Lightning)
     steps = lightning.trainer.get("max_steps")
     if not isinstance(steps, int) or steps < 1:
@@ -80,6 +84,7 @@ def _module(recipe: DictConfig, settings: Training) -> TrainingModule:
     engine = build(config, engine_section(recipe)).float()
     if settings.first_stage:
         start_from_first_stage(engine, read_state_dict(settings.first_stage))
+        _compare_scale(engine, settings.first_stage)
     task = build(settings.task, "training.task")
     module = TrainingModule(engine, task, settings.optim, settings.seed)
     if not (settings.first_stage or _names_weights(config) or _trains_encoder(engine)):
@@ -88,6 +93,18 @@ def _module(recipe: DictConfig, settings: Training) -> TrainingModule:
             "training.first_stage=FILE, or those of the whole model by model.params.ckpt_path=FILE"
         )
     return module
+
+
+def _compare_scale(engine: Any, first_stage: str) -> None:
+    """Say so where the latents of this autoencoder were measured to want another scale factor."""
+    measured = json.loads(open_checkpoint(first_stage).metadata.get("latents", "{}"))
+    wanted, given = measured.get("scale_factor"), getattr(engine, "scale_factor", None)
+    if wanted and given and abs(given / wanted - 1) > SCALE_TOLERANCE:
+        logger.warning(
+            "the latents of %s have unit variance at scale_factor %s, and the recipe has %s: give "
+            "model.params.scale_factor=%s, and the same in the YAML that samples",
+            *(first_stage, wanted, given, wanted),
+        )
 
 
 def _names_weights(config: dict[str, Any]) -> bool:

@@ -231,21 +231,25 @@ def test_a_unet_keeps_its_autoencoder(stages, tmp_path):
         train_unet(Stage(recipe, folder, torch.device("cpu")))
 
 
-def test_lightning_starts_from_a_trained_autoencoder(stages, tmp_path, capsys):
-    """Catches a U-Net or a decoder that learns with an autoencoder of random weights, and weights
-    that are refused."""
+def test_lightning_starts_from_a_trained_autoencoder(stages, tmp_path, capsys, caplog):
+    """Catches a U-Net or a decoder that learns with an autoencoder of random weights, weights that
+    are refused, and a U-Net that silently learns latents of another scale."""
     for name in ("svd_tiny", "svd_tiny_decoder"):
         base = ["--base", str(stages[0] / f"{name}.yaml"), "lightning.trainer.max_steps=1"]
         base += ["--logdir", str(tmp_path / name)]
         assert main(base) == 2
         assert "training.first_stage=FILE" in one_error(capsys)
         assert main([*base, f"training.first_stage={first_stage_file(stages[0], tmp_path)}"]) == 0
+        warned = "give model.params.scale_factor=0.7" in caplog.text
+        assert warned == (name == "svd_tiny")
+        caplog.clear()
 
 
 def first_stage_file(folder, target):
     """Write the weights of the autoencoder's run as main.py would."""
     state = torch.load(folder / "runs" / "autoencoder" / "state.pt")
-    save_file(state["model"], target / "weights.safetensors")
+    notes = {"latents": json.dumps({"scale_factor": 0.7})}
+    save_file(state["model"], target / "weights.safetensors", notes)
     return target / "weights.safetensors"
 
 
