@@ -71,11 +71,15 @@ def run(request: Request) -> int:
     announce_defaults(request, job)
     line = ProgressLine(sys.stderr) if sys.stderr.isatty() else None
     failed = False
-    for outcome in make_videos(job, lambda job: load(job, line), line):
+    try:
+        for outcome in make_videos(job, lambda job: load(job, line), line):
+            if line:
+                line.clear()
+            print_outcome(outcome, request.verbose)
+            failed = failed or outcome.error is not None
+    finally:
         if line:
             line.clear()
-        print_outcome(outcome, request.verbose)
-        failed = failed or outcome.error is not None
     return SOME_FAILED if failed else DONE
 
 
@@ -110,9 +114,9 @@ def print_outcome(outcome: Outcome, verbose: bool) -> None:
     if outcome.error is not None:
         report(outcome.error, verbose)
     elif outcome.seconds is None:
-        print(f"{outcome.path}  there already", flush=True)
+        print(f"{outcome.path}  of {outcome.source}, there already", flush=True)
     else:
-        print(f"{outcome.path}  {outcome.seconds:.1f} s", flush=True)
+        print(f"{outcome.path}  of {outcome.source}, {outcome.seconds:.1f} s", flush=True)
 
 
 def report(error: Exception, verbose: bool) -> None:

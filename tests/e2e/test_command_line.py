@@ -173,7 +173,8 @@ def test_bare_run_takes_the_bundled_picture_and_the_first_model_present(place, c
         printed.err
         == f"{ROOT / 'assets' / 'sample.jpg'}, with svd_tiny (14 frames of 64x64, bundled)\n"
     )
-    path, seconds = printed.out.split(maxsplit=1)
+    path, of, picture, seconds = printed.out.split(maxsplit=3)
+    assert (of, picture) == ("of", f"{ROOT / 'assets' / 'sample.jpg'},")
     assert path == "outputs/simple_video_sample/svd_tiny/000000.mp4"
     assert float(seconds.removesuffix(" s\n")) > 0
     assert frames(path).shape == (4, 64, 64, 3)
