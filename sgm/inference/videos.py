@@ -120,7 +120,6 @@ def _encode_h264(frames: Frames, path: Path, fps: Fraction) -> None:
         codec = stream.codec_context
         codec.color_primaries = codec.color_trc = codec.colorspace = BT709
         codec.color_range = LIMITED_RANGE
-        codec.thread_count = 1  # so that equal frames give equal files
         for index, pixels in enumerate(frames):
             rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
             yuv = rgb.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
