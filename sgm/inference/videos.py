@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 Frames = npt.NDArray[np.uint8]
 
 BT709, LIMITED_RANGE = 1, 1  # code points of ISO/IEC 23091-2 and FFmpeg's AVCOL_RANGE_MPEG
-MP4_QUALITY = {"crf": "17", "preset": "medium"}
+# With its macroblock tree, x264 now and then gives other bytes for equal frames.
+MP4_QUALITY = {"crf": "17", "preset": "medium", "x264-params": "mbtree=0"}
 PALETTE_FRAMES = 8  # spread over a video, enough to find the colours of a gif
 
 

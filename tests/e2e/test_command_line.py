@@ -268,9 +268,9 @@ def test_repeat_makes_the_same_video_bit_for_bit(place):
     assert sample("photos/b.png", "--height=70", "--videos_per_image=2", *flags) == 0
     assert main(["--repeat=out/000001.json", "--output_folder=again"]) == 0
     assert names("again") == ["000000.json", "000000.mp4"]
-    again = frames("again/000000.mp4").astype(float)
-    same, other = (np.abs(again - frames(f"out/00000{number}.mp4")).mean() for number in (1, 0))
-    assert same < 1 < other  # decoded, for the encoder's bytes vary
+    again = Path("again/000000.mp4").read_bytes()
+    assert again == Path("out/000001.mp4").read_bytes()
+    assert again != Path("out/000000.mp4").read_bytes()
 
 
 def test_repeat_with_flags_beside(place):

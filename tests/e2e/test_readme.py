@@ -5,9 +5,6 @@ import shlex
 from importlib import import_module
 from pathlib import Path
 
-import av
-import numpy as np
-import numpy.typing as npt
 import pytest
 
 from sgm.inference.options import option_table
@@ -33,12 +30,6 @@ def run_shell(line: str) -> None:
     assert module.main(arguments) == 0, line
 
 
-def decoded(path: Path) -> npt.NDArray[np.float64]:
-    with av.open(str(path)) as container:
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    return np.stack(frames).astype(np.float64)
-
-
 def test_commands_run_in_the_order_of_the_page(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -55,9 +46,7 @@ def test_commands_run_in_the_order_of_the_page(
     # one, a gif, two of a picture, the repeated one, and one by converted weights
     endings = (".mp4", ".gif", ".mp4", ".mp4", ".mp4", ".mp4")
     assert names == [f"{number:06d}{ending}" for number, ending in enumerate(endings)]
-    # The encoder itself does not always give the same bytes for the same frames.
-    first, again = (decoded(outputs / f"00000{number}.mp4") for number in (0, 4))
-    assert np.abs(first - again).mean() < 1
+    assert (outputs / "000000.mp4").read_bytes() == (outputs / "000004.mp4").read_bytes()
     assert (checkout / "panda.mp4").stat().st_size > 1000
 
 
