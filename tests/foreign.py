@@ -60,6 +60,17 @@ CLIP: dict[str, Any] = {
     "projection_dim": 24,
     "hidden_act": "gelu",
 }
+# The image encoder that all published models have.
+PUBLISHED_CLIP: dict[str, Any] = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 14,
+    "projection_dim": 1024,
+    "hidden_act": "gelu",
+}
 # As the published folders have it.
 SCHEDULER: dict[str, Any] = {
     "beta_start": 0.00085,

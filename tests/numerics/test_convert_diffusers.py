@@ -25,7 +25,7 @@ from sgm.modules.diffusionmodules.video_model import VideoUNet
 from sgm.util import instantiate_from_config
 from tests.foreign import (
     AUTOENCODER,
-    CLIP,
+    PUBLISHED_CLIP,
     UNET,
     VAE,
     folder_tensors,
@@ -384,16 +384,7 @@ def test_full_width_image_encoder():
 
     from sgm.modules.encoders.clip_image import FrozenOpenCLIPImageEmbedder
 
-    config = CLIP | {
-        "hidden_size": 1280,
-        "intermediate_size": 5120,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 16,
-        "image_size": 224,
-        "patch_size": 14,
-        "projection_dim": 1024,
-    }
-    theirs = CLIPVisionModelWithProjection(CLIPVisionConfig(**config)).eval()
+    theirs = CLIPVisionModelWithProjection(CLIPVisionConfig(**PUBLISHED_CLIP)).eval()
     draw_weights(theirs, seed=8)
     native = converted(prefixed(theirs, "image_encoder/"), "native", partial=True)
     with torch.device("meta"):

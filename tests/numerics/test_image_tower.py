@@ -7,7 +7,8 @@ from open_clip.transformer import QuickGELU
 from open_clip.transformer import VisionTransformer as Reference
 from torch import nn
 
-from sgm.modules.encoders.image_tower import ARCHITECTURES, VisionTransformer, tower_spec
+from sgm.modules.encoders.image_tower import VisionTransformer
+from sgm.towers import ARCHITECTURES, tower_spec
 
 SMALL = {
     "embed_dim": 24,

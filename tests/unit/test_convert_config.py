@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from sgm.convert import folder_configs
-from sgm.convert.diffusers.config import _HEAD_WIDTHS
+from tests.foreign import PUBLISHED_CLIP
 from tests.unit.test_convert import folder
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -37,17 +37,6 @@ VAE = {
     "scaling_factor": 0.18215,
     "sample_size": 768,
 }
-CLIP = {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 16,
-    "image_size": 224,
-    "patch_size": 14,
-    "projection_dim": 1024,
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-5,
-}
 
 
 def model(name: str, **changes: Any) -> Any:
@@ -65,7 +54,7 @@ def test_svd_xt_is_described_as_its_published_folder():
     files = folder_configs(folder("svd"), model("svd_xt"), num_frames=25)
     assert_holds(files["unet/config.json"], UNET)
     assert_holds(files["vae/config.json"], VAE)
-    assert_holds(files["image_encoder/config.json"], CLIP)
+    assert_holds(files["image_encoder/config.json"], PUBLISHED_CLIP | {"layer_norm_eps": 1e-5})
     scheduler = {"sigma_min": 0.002, "sigma_max": 700.0, "timestep_type": "continuous"}
     scheduler |= {"prediction_type": "v_prediction", "use_karras_sigmas": True}
     assert_holds(files["scheduler/scheduler_config.json"], scheduler)
@@ -111,8 +100,18 @@ def _second(key: str) -> bool:
     )
 
 
-def test_heads_by_open_clips_names():
-    import open_clip
-
-    for name, width in _HEAD_WIDTHS.items():
-        assert open_clip.get_model_config(name)["vision_cfg"].get("head_width", 64) == width
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {"num_attention_heads": 20, "hidden_act": "gelu"}),
+        ({"quick_gelu": True}, {"num_attention_heads": 20, "hidden_act": "quick_gelu"}),
+    ],
+)
+def test_a_tower_given_by_its_numbers(changes, expected):
+    """Caught: heads and activation of the usual tower, which tensors do not tell."""
+    arch = {"embed_dim": 1024, "vision_cfg": {"layers": 32, "width": 1280}} | changes
+    params = model("svd")
+    embedder = params["params"]["conditioner_config"]["params"]["emb_models"][0]["params"]
+    embedder["open_clip_embedding_config"]["params"]["arch"] = arch
+    files = folder_configs(folder("svd"), params, num_frames=14)
+    assert_holds(files["image_encoder/config.json"], expected)

@@ -8,26 +8,14 @@ from sgm.convert.conversion import Shapes
 from sgm.convert.diffusers.clip import foreign_layers
 from sgm.convert.diffusers.unet import UNetShape, foreign_unet
 from sgm.convert.diffusers.vae import foreign_decoder, foreign_encoder
+from sgm.towers import CLIP_MEAN, CLIP_STD, tower_spec
 
 Config = Mapping[str, Any]
 
 _CLASS, _VERSION = "_class_name", "_diffusers_version"
 _SINCE = "0.24.0"  # the first version with these classes
-_LATENT_SIDE = (
-    96  # of a square picture in the published folders; their pipeline has its own default
-)
-_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-# Channels of a head by open_clip's name of an architecture.
-_HEAD_WIDTHS = {
-    "ViT-S-32": 64,
-    "ViT-B-32": 64,
-    "ViT-B-16": 64,
-    "ViT-L-14": 64,
-    "ViT-H-14": 80,
-    "ViT-g-14": 88,
-    "ViT-bigG-14": 104,
-}
+# Of a square picture in the published folders; the pipeline has its own default.
+_LATENT_SIDE = 96
 _MIDDLE_BLOCKS = 2
 # What diffusers' classes do whatever their configuration says: parameter, its value there, and the
 # native default.
@@ -163,7 +151,7 @@ def _vae(shapes: Shapes, params: Config) -> dict[str, Any]:
 def _image_encoder(shapes: Shapes, params: Config) -> dict[str, Any]:
     clip = _embedder(params, "cond_frames_without_noise")["open_clip_embedding_config"]["params"]
     width, _, patch, _ = shapes["vision_model.embeddings.patch_embedding.weight"]
-    head, activation = _head_and_activation(clip.get("arch", "ViT-H-14"))
+    tower = tower_spec(clip.get("arch", "ViT-H-14"))
     positions = shapes["vision_model.embeddings.position_embedding.weight"][0]
     return {
         "architectures": ["CLIPVisionModelWithProjection"],
@@ -172,26 +160,14 @@ def _image_encoder(shapes: Shapes, params: Config) -> dict[str, Any]:
         "intermediate_size": shapes["vision_model.encoder.layers.0.mlp.fc1.weight"][0],
         "projection_dim": shapes["visual_projection.weight"][0],
         "num_hidden_layers": foreign_layers(shapes),
-        "num_attention_heads": width // head,
+        "num_attention_heads": width // tower.head_width,
         "num_channels": 3,
         "image_size": math.isqrt(positions - 1) * patch,
         "patch_size": patch,
-        "hidden_act": activation,
+        "hidden_act": "quick_gelu" if tower.quick_gelu else "gelu",
         "layer_norm_eps": 1e-5,
         "attention_dropout": 0.0,
     }
-
-
-def _head_and_activation(arch: str | Config) -> tuple[int, str]:
-    """Channels of a head, and the feed-forward's activation as transformers calls it."""
-    if isinstance(arch, str):
-        name = arch.removesuffix("-quickgelu")
-        if name not in _HEAD_WIDTHS:
-            raise ValueError(f"arch: expected one of {', '.join(_HEAD_WIDTHS)}; got {arch!r}")
-        head, quick = _HEAD_WIDTHS[name], name != arch
-    else:
-        head, quick = arch["vision_cfg"].get("head_width", 64), arch.get("quick_gelu", False)
-    return head, "quick_gelu" if quick else "gelu"
 
 
 def _processor(size: int) -> dict[str, Any]:
@@ -206,8 +182,8 @@ def _processor(size: int) -> dict[str, Any]:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(_CLIP_MEAN),
-        "image_std": list(_CLIP_STD),
+        "image_mean": list(CLIP_MEAN),
+        "image_std": list(CLIP_STD),
     }
 
 

@@ -9,8 +9,9 @@ from typing import Any
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from sgm.modules.encoders.image_tower import VisionTransformer, tower_spec
+from sgm.modules.encoders.image_tower import VisionTransformer
 from sgm.modules.encoders.resize import antialiased_resize
+from sgm.towers import CLIP_MEAN, CLIP_STD, tower_spec
 from sgm.util import instantiate_from_config, refuse_unknown
 
 # Fields of published YAML files: where weights came from, and what the text side would need.
@@ -26,8 +27,6 @@ IGNORED = frozenset(
         "version",
     )
 )
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class ImageTower(nn.Module):
