@@ -219,10 +219,15 @@ def main() -> int:
         system, path = arguments.once
         print(json.dumps(measure(system, Path(path))))
         return 0
+    if arguments.repeat < 1:
+        parser.error(f"--repeat: expected 1 or more, got {arguments.repeat}")
     with TemporaryDirectory() as temporary:
         file = (arguments.file or Path(temporary, f"{MODEL}.safetensors")).resolve()
         folder = (arguments.folder or Path(temporary, MODEL)).resolve()
-        make_inputs(file, folder)
+        try:
+            make_inputs(file, folder)
+        except ValueError as error:
+            parser.error(str(error))
         runs = measure_all({"this project": file, "diffusers": folder}, arguments.repeat)
         return 0 if report(runs, file.stat().st_size, arguments.out) else 1
 

@@ -12,7 +12,6 @@ targets are 1 s + 1.5 times the time of reading the file from the page cache, an
 import argparse
 import json
 import math
-import shutil
 import struct
 import subprocess
 import sys
@@ -22,18 +21,17 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from omegaconf import OmegaConf
-from torch import nn
+from sgm.inference.specs import SPECS
 
-from sgm.checkpoint import load_checkpoint
-from sgm.util import get_obj_from_str, instantiate_from_config
+if TYPE_CHECKING:
+    from torch import nn
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 CHUNK = 16 << 20  # bytes
 BLOCK = 1 << 25  # random values, repeated
+DTYPES = ("float16", "bfloat16", "float32")
 
 # Of CLIP's text side, published files hold these; no model has them.
 LEFT_OVERS = {
@@ -46,8 +44,13 @@ LEFT_OVERS = {
 }
 
 
-def build(version: str) -> nn.Module:
+def build(version: str) -> "nn.Module":
     """Build a model of ``configs/`` on the meta device."""
+    import torch
+    from omegaconf import OmegaConf
+
+    from sgm.util import instantiate_from_config
+
     config = OmegaConf.load(CONFIGS / f"{version}.yaml").model
     config.params.ckpt_path = None
     with torch.device("meta"):
@@ -56,12 +59,20 @@ def build(version: str) -> nn.Module:
 
 
 def make_file(version: str, path: Path) -> None:
-    """Write random half-precision weights of a model, without holding them in memory."""
+    """Write random half-precision weights of a model, without holding them in memory.
+
+    Raises:
+        ValueError: there is no room for them.
+    """
+    import torch
+
+    from sgm.checkpoint.room import require_room
+
     shapes = {key: tuple(value.shape) for key, value in build(version).state_dict().items()}
     shapes |= LEFT_OVERS
     size = 2 * sum(math.prod(shape) for shape in shapes.values())
-    if shutil.disk_usage(path.parent).free < size + (1 << 30):
-        raise SystemExit(f"{path.parent} has less than {size / 1e9 + 1:.0f} GB left")
+    require_room(path.parent, size + (1 << 30))
+    path.parent.mkdir(parents=True, exist_ok=True)
     header, end = {}, 0
     for key, shape in shapes.items():
         start, end = end, end + 2 * math.prod(shape)
@@ -90,6 +101,10 @@ def peak_memory() -> int:
 
 def import_all(version: str) -> None:
     """Import what the model will need, as the measurement leaves imports out."""
+    from omegaconf import OmegaConf
+
+    from sgm.util import get_obj_from_str
+
     config = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{version}.yaml").model)
     for target in targets(config):
         get_obj_from_str(target)
@@ -105,8 +120,10 @@ def targets(node: Any) -> Iterator[str]:
             yield from targets(child)
 
 
-def touch(model: nn.Module) -> None:
+def touch(model: "nn.Module") -> None:
     """Read every byte of every parameter once, on one thread as `reading_time` does."""
+    import torch
+
     torch.set_num_threads(1)
     scratch = torch.empty(CHUNK, dtype=torch.uint8)
     for parameter in model.parameters():
@@ -126,6 +143,10 @@ def reading_time(path: Path) -> float:
 
 def measure(version: str, path: Path, dtype: str | None) -> dict[str, float]:
     """Build, load and touch once in this process; seconds and bytes."""
+    import torch
+
+    from sgm.checkpoint import load_checkpoint
+
     import_all(version)
     imports = peak_memory()
     clock = [time.perf_counter()]
@@ -186,19 +207,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--version", default="svd_xt", help="a model of configs/")
+    parser.add_argument("--version", choices=SPECS, default="svd_xt", help="a model of configs/")
     parser.add_argument("--file", type=Path, help="kept; default: a temporary file")
-    parser.add_argument("--dtype", help="convert to this type; the targets are for no conversion")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="convert to this type; the targets are for no conversion"
+    )
     parser.add_argument("--repeat", type=int, default=3, help="processes to measure")
     parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.repeat < 1:
+        parser.error(f"--repeat: expected 1 or more, got {arguments.repeat}")
     if arguments.once:
         print(json.dumps(measure(arguments.version, arguments.file, arguments.dtype)))
         return 0
-    if arguments.file:
-        return 0 if run(arguments, arguments.file) else 1
-    with tempfile.TemporaryDirectory() as folder:
-        return 0 if run(arguments, Path(folder) / f"{arguments.version}.safetensors") else 1
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            file = arguments.file or Path(folder) / f"{arguments.version}.safetensors"
+            return 0 if run(arguments, file) else 1
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from sgm.inference.files import user_path
 from sgm.inference.progress import ProgressLine, duration
+from sgm.inference.weights import given_weights
 
 if TYPE_CHECKING:
     from sgm.checkpoint.source import Source
@@ -36,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     line = ProgressLine(sys.stderr) if sys.stderr.isatty() else None
     try:
+        check(options)
         written = convert(options, shower(line) if line else None)
     except ValueError as error:
         _clear(line)
@@ -56,7 +59,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", type=Path, help="file or folder")
+    parser.add_argument("source", help="file, folder or repository of the Hugging Face hub")
     parser.add_argument("target", type=Path, help="file, or folder for diffusers")
     parser.add_argument("--dtype", choices=DTYPES, help="type of the weights; default: as they are")
     parser.add_argument("--to", choices=LAYOUTS, default=LAYOUTS[0], help="default: native")
@@ -69,8 +72,24 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def check(options: argparse.Namespace) -> None:
+    """Find the files that are meant, and refuse what can be refused without torch.
+
+    Its import takes seconds.
+
+    Raises:
+        ValueError: in one line.
+    """
+    suffix = {"native": ".safetensors", "mindspore": ".ckpt"}.get(options.to)
+    if suffix and options.target.suffix != suffix:
+        raise ValueError(f"{options.target}: expected a name that ends in {suffix}")
+    if options.partial and options.to == "diffusers":
+        raise ValueError("a diffusers folder needs all parts of a model: leave --partial out")
+    options.source, options.target = given_weights(options.source), user_path(options.target)
+
+
 def convert(options: argparse.Namespace, progress: "Progress | None") -> "tuple[Written, ...]":
-    """Write the checkpoint that is asked for.
+    """Write the checkpoint that is asked for, by options that :func:`check` let pass.
 
     Raises:
         ValueError: it cannot be read, converted or written.
@@ -81,11 +100,6 @@ def convert(options: argparse.Namespace, progress: "Progress | None") -> "tuple[
     from sgm.checkpoint.opening import convert as in_layout
     from sgm.checkpoint.writing import write_file, write_folder
 
-    suffix = {"native": ".safetensors", "mindspore": ".ckpt"}.get(options.to)
-    if suffix and options.target.suffix != suffix:
-        raise ValueError(f"{options.target}: expected a name that ends in {suffix}")
-    if options.partial and options.to == "diffusers":
-        raise ValueError("a diffusers folder needs all parts of a model: leave --partial out")
     dtype = getattr(torch, DTYPES[options.dtype]) if options.dtype else None
     native = in_layout(open_checkpoint(options.source), "native", options.partial)
     folder = in_layout(native, "diffusers", options.partial)  # its tables know every tensor

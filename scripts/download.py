@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sgm.inference.files import is_there, user_path
 from sgm.inference.specs import SPECS, ModelSpec
 
 DONE, REFUSED, INTERRUPTED = 0, 2, 130
@@ -18,10 +19,10 @@ DONE, REFUSED, INTERRUPTED = 0, 2, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line asks; returns the exit code."""
     asked = parse(arguments)
-    spec = SPECS[asked.version]
     try:
-        for each in wanted(spec, asked.folder):
-            download(each, asked.folder, asked.token)
+        folder = user_path(asked.folder)
+        for each in wanted(SPECS[asked.version], folder):
+            download(each, folder, asked.token)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
@@ -57,7 +58,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def wanted(spec: ModelSpec, folder: Path) -> list[ModelSpec]:
     """The model, and before it the one whose weights it builds on, if that is not there yet."""
     base = SPECS[spec.base] if spec.base else None
-    if base is None or base.checkpoint or (folder / f"{base.name}.safetensors").exists():
+    if base is None or base.checkpoint or is_there(folder / f"{base.name}.safetensors"):
         return [spec]
     return [base, spec]
 
@@ -69,11 +70,12 @@ def download(spec: ModelSpec, folder: Path, token: str | None) -> None:
         ValueError: in one line.
     """
     from sgm.checkpoint.hub import look_up
-    from sgm.checkpoint.hub_fetch import download, in_bytes
+    from sgm.checkpoint.hub_fetch import download
+    from sgm.checkpoint.room import in_bytes
 
     repository = look_up(str(spec.repository), token)
     print(f"{spec.file} of {repository.page}\nlicence: {repository.licence}", flush=True)
-    path = download(repository, spec.file, folder.expanduser() / f"{spec.name}.safetensors", token)
+    path = download(repository, spec.file, folder / f"{spec.name}.safetensors", token)
     print(f"{path}  {in_bytes(path.stat().st_size)}  sha256 {repository.files[spec.file].sha256}")
 
 

@@ -3,8 +3,8 @@
     python scripts/inspect_checkpoint.py checkpoints/svd_xt.safetensors
     python scripts/inspect_checkpoint.py stable-video-diffusion-img2vid-xt/ --hash
 
-Takes every format and layout that sampling takes. Exit code 2 where it is no video model, or cannot
-be read.
+Takes everything that sampling takes; a repository of the hub is fetched first. Exit code 2 where it
+is no video model, or cannot be read.
 """
 
 import argparse
@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from sgm.inference.weights import given_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,10 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Inspect what the command line names; the exit code."""
     options = parse(arguments)
     try:
-        for label, text in describe(options.path, options.hash):
+        path = given_weights(options.path)
+        for label, text in describe(path, options.hash):
             print(f"{label:<{INDENT}}{text}", flush=True)
         if options.values:
-            print(f"{'values':<{INDENT}}{check_values(options.path)}")
+            print(f"{'values':<{INDENT}}{check_values(path)}")
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -49,7 +52,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("path", type=Path, help="file or folder")
+    parser.add_argument("path", help="file, folder or repository of the Hugging Face hub")
     parser.add_argument(
         "--hash", action="store_true", help="compute the SHA-256 where it is not remembered"
     )

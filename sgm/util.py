@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -25,6 +25,23 @@ def append_dims(x: torch.Tensor, ndim: int) -> torch.Tensor:
     if x.ndim > ndim:
         raise ValueError(f"expected a tensor of at most {ndim} dimensions, got {x.ndim}")
     return x[(...,) + (None,) * (ndim - x.ndim)]
+
+
+def counted(items: Iterable[str], noun: str, state: str, listed: int = 3) -> str:
+    """Say how many there are, and name some: ``4 keys missing (a, b, c, ...)``; nothing for none.
+
+    Args:
+        items: their names; one that is there twice counts once.
+        noun: what one of them is.
+        state: what is said of them.
+        listed: how many are named at most.
+    """
+    names = list(dict.fromkeys(items))
+    if not names:
+        return ""
+    more = ", ..." if len(names) > listed else ""
+    number = noun if len(names) == 1 else f"{noun}s"
+    return f"{len(names)} {number} {state} ({', '.join(names[:listed])}{more})"
 
 
 def refuse_unknown(owner: object, given: Mapping[str, Any], ignored: Collection[str]) -> None:

@@ -29,7 +29,8 @@ def open_folder(path: Path) -> Source:
         The tensors by their names; those of a pipeline's part begin with its name: ``unet/...``.
 
     Raises:
-        ValueError: there are no weights, or several; a numbered file is missing; as `open_file`.
+        ValueError: there are no weights, or several; a numbered file is missing, or there are
+            some of two sets; as `open_file`.
     """
     try:
         parts = {part: _variants(path / part) for part in PARTS if (path / part).is_dir()}
@@ -81,7 +82,10 @@ def _join(path: Path, parts: Mapping[str, Sequence[Path]]) -> Source:
         prefix = part and f"{part}/"
         for file in files:
             source = open_file(file)
-            chosen |= {prefix + name: (source, name) for name in source.tensors}
+            found = {prefix + name: (source, name) for name in source.tensors}
+            if again := found.keys() & chosen.keys():
+                raise ValueError(f"{file} holds {min(again)} again: keep one set of its files")
+            chosen |= found
             metadata |= source.metadata
     return Selection(path, chosen, metadata)
 

@@ -57,6 +57,8 @@ def _explain(error: Exception, repository: str) -> str:
         return f"{repository}: {error.strerror or error}" + (
             "; free some and run the same again" if error.errno == errno.ENOSPC else ""
         )
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return f"{page} is not on this machine, and HF_HUB_OFFLINE forbids fetching: unset it"
     reason = str(error.__cause__ or error).partition("\n")[0] or type(error).__name__
     return (
         f"{page} cannot be reached ({reason}): check the network and try again, or fetch the files "

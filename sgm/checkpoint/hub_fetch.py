@@ -2,13 +2,13 @@
 
 import hashlib
 import logging
-import shutil
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sgm.checkpoint.digest import sha256_of
 from sgm.checkpoint.hub import Published, Repository, ask, choose_files
 from sgm.checkpoint.hub_errors import errors_in_one_line, network_errors, page_of, status_of
+from sgm.checkpoint.room import in_bytes, require_room
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +34,10 @@ def fetch(repository: str, file: str | None = None, token: str | None = None) ->
         try:
             found = ask(repository, token)
         except network_errors() as error:
-            if status_of(error):
+            folder = None if status_of(error) else _cached(repository)
+            if folder is None:
                 raise
-            return _cached(repository, file)
+            return _chosen_in(folder, repository, file)
         chosen = choose_files(repository, found.files, file)
         _announce(found, chosen)
         return _within(_fetch_all(repository, chosen, token), chosen)
@@ -55,11 +56,18 @@ def _fetch_all(repository: str, files: tuple[str, ...], token: str | None) -> Pa
     return Path(place)
 
 
-def _cached(repository: str, file: str | None) -> Path:
-    """What an earlier `fetch` has brought."""
+def _cached(repository: str) -> Path | None:
+    """The folder with what an earlier `fetch` has brought, if there is one."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    folder = Path(snapshot_download(repository, local_files_only=True, allow_patterns=[]))
+    try:
+        return Path(snapshot_download(repository, local_files_only=True, allow_patterns=[]))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def _chosen_in(folder: Path, repository: str, file: str | None) -> Path:
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     logger.warning("%s cannot be reached: %s is used", page_of(repository), folder)
     return _within(folder, choose_files(repository, names, file))
@@ -82,7 +90,7 @@ def _announce(repository: Repository, chosen: tuple[str, ...]) -> None:
     ]
     if absent:
         size = sum(repository.files[name].size for name in absent)
-        _require_room(Path(constants.HF_HUB_CACHE), size)
+        require_room(Path(constants.HF_HUB_CACHE), size)
         logger.warning(
             "fetching %s of %s; licence: %s", in_bytes(size), repository.name, repository.licence
         )
@@ -109,12 +117,12 @@ def download(repository: Repository, name: str, target: Path, token: str | None 
     """
     (name,) = choose_files(repository.name, repository.files, name)
     published = repository.files[name]
-    if target.exists():
-        if target.stat().st_size == published.size and sha256_of(target) == published.sha256:
-            return target
-        raise ValueError(f"{target} is there and is not {repository.name}/{name}: move it away")
     part = target.with_name(f".{target.name}.{(published.sha256 or repository.commit)[:12]}.part")
     with errors_in_one_line(repository.name):
+        if target.exists():
+            if target.stat().st_size == published.size and sha256_of(target) == published.sha256:
+                return target
+            raise ValueError(f"{target} is there and is not {repository.name}/{name}: move it away")
         target.parent.mkdir(parents=True, exist_ok=True)
         _fetch_rest(repository, name, part, token)
         _require_content(part, published, f"{repository.name}/{name}")
@@ -129,7 +137,7 @@ def _fetch_rest(repository: Repository, name: str, part: Path, token: str | None
 
     size = repository.files[name].size
     done = part.stat().st_size if part.exists() else 0
-    _require_room(part.parent, size - done)
+    require_room(part.parent, size - done)
     if done == size:
         return
     try:
@@ -156,20 +164,3 @@ def _require_content(path: Path, published: Published, name: str) -> None:
             f"what came for {name} is damaged, fetch it again: its sha256 is {digest}, "
             f"that of the hub's {published.sha256}"
         )
-
-
-def _require_room(folder: Path, size: int) -> None:
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise ValueError(f"{folder} has {in_bytes(free)} left, {in_bytes(size)} are needed")
-
-
-def in_bytes(size: int) -> str:
-    """A size in words, such as ``9.56 GB``."""
-    unit, name = next(
-        ((n, name) for n, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")) if size >= n),
-        (1, "bytes"),
-    )
-    return f"{size / unit:.3g} {name}"

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from sgm.checkpoint.identify import identify
 from sgm.checkpoint.opening import open_native
+from sgm.util import counted
 
 logger = logging.getLogger(__name__)
-
-_LISTED = 3  # keys of each kind that an error names
 
 # Belongs to training or is computed: may be in the file or not, may be in the model or not.
 _NOT_WEIGHTS = re.compile(
@@ -82,10 +81,10 @@ class LoadReport:
         ]
         types = [f"{key}: {dtype}" for key, dtype in self.mistyped]
         counts = (
-            _count(self.missing, "missing"),
-            _count(self.unexpected, "unexpected"),
-            _count(shapes, "of another shape"),
-            _count(types, "of a type other than float16, bfloat16 and float32"),
+            counted(self.missing, "key", "missing"),
+            counted(self.unexpected, "key", "unexpected"),
+            counted(shapes, "key", "of another shape"),
+            counted(types, "key", "of a type other than float16, bfloat16 and float32"),
         )
         faults = "; ".join(count for count in counts if count)
         return f"{self.path} does not fit the model: {faults}. {self._advice()}"
@@ -229,9 +228,10 @@ def _require_material(model: nn.Module, path: Path) -> None:
     named = (*model.named_parameters(), *model.named_buffers())
     empty = [name for name, tensor in named if tensor.is_meta]
     if empty:
+        keys = counted(empty, "key", "without values")
         raise ValueError(
-            f"{path} leaves {_count(empty, 'without values')}: build non-persistent buffers with "
-            "an explicit device, and parts that no file holds outside the meta device"
+            f"{path} leaves {keys}: build non-persistent buffers with an explicit device, and "
+            "parts that no file holds outside the meta device"
         )
 
 
@@ -240,14 +240,6 @@ def _main_dtype(tensors: Iterable[Tensor]) -> torch.dtype | None:
     for tensor in tensors:
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
     return max(sizes, key=sizes.__getitem__, default=None)
-
-
-def _count(items: Sequence[str], state: str) -> str:
-    if not items:
-        return ""
-    more = ", ..." if len(items) > _LISTED else ""
-    noun = "key" if len(items) == 1 else "keys"
-    return f"{len(items)} {noun} {state} ({', '.join(items[:_LISTED])}{more})"
 
 
 def _either(names: Sequence[str]) -> str:

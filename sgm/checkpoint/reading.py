@@ -84,12 +84,14 @@ def is_file(path: Path) -> bool:
     """Whether there is such a file.
 
     Raises:
-        ValueError: it is in a folder that this user may not enter.
+        ValueError: it is in a folder that this user may not enter, or its name is too long.
     """
     try:
         return path.is_file()
     except PermissionError:
         raise ValueError(f"{path} is in a folder that this user may not enter") from None
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
 
 
 def _opener(path: Path) -> Callable[[Path], Source]:
@@ -102,7 +104,9 @@ def _opener(path: Path) -> Callable[[Path], Source]:
 
 
 def _absence(path: Path) -> str:
-    return "a folder" if path.is_dir() else "not there"
+    if path.is_dir():
+        return "a folder"
+    return "no regular file" if path.exists() else "not there"
 
 
 def _diagnosis(path: Path, error: Exception) -> str:

@@ -53,7 +53,7 @@ class TorchFile(Source):
         return self.view(name)
 
     def require_unchanged(self) -> None:  # noqa: D102
-        if _state(self.path) != self._opened:
+        if not self.path.exists() or _state(self.path) != self._opened:
             raise ValueError(f"{self.path} was replaced while it was being read; try again")
 
     def _load(self, path: Path) -> Any:
@@ -67,7 +67,11 @@ def _state(path: Path) -> tuple[int, int, int]:
 
 def _tensors(content: Any) -> dict[str, Tensor]:
     state = content.get("state_dict", content) if isinstance(content, Mapping) else {}
-    return {name: value.detach() for name, value in state.items() if isinstance(value, Tensor)}
+    tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    for name, value in tensors.items():
+        if value.layout is not torch.strided or value.is_quantized:
+            raise ValueError(f"{name} is sparse or quantised, which cannot be read")
+    return {name: value.detach() for name, value in tensors.items()}
 
 
 def _metadata(content: Any) -> dict[str, str]:

@@ -4,12 +4,10 @@ One tensor is in memory at a time. A file is hashed while it is written; then it
 again, the file is read and hashed again, and if all agrees it is renamed from a temporary name.
 """
 
-import errno
 import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -20,7 +18,9 @@ from torch import Tensor
 
 from sgm.checkpoint.digest import hash_file, remember_sha256
 from sgm.checkpoint.mindspore_file import write_mindspore
+from sgm.checkpoint.placing import require_free, temporary, write_errors_in_one_line
 from sgm.checkpoint.reading import open_file
+from sgm.checkpoint.room import require_room
 from sgm.checkpoint.safetensors_file import write_safetensors
 from sgm.checkpoint.source import Selection, Source
 
@@ -78,11 +78,13 @@ def write_file(
     path = Path(path)
     if path.suffix not in (SAFETENSORS, MINDSPORE):
         raise ValueError(f"expected a name that ends in {SAFETENSORS} or {MINDSPORE}, got {path}")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: give the name of a file")
-    with _temporary(source, path, force) as part:
-        written = _write({part: source}, dtype, progress)
-        part.replace(path)
+    with write_errors_in_one_line(path):
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder: give the name of a file")
+        with temporary(source, path, force) as part:
+            written = _write({part: source}, dtype, progress)
+            require_free(source, path, force)  # the above takes minutes
+            part.replace(path)
     return _named(written, part, path)
 
 
@@ -108,17 +110,21 @@ def write_folder(
         ValueError: as in `write_file`.
     """
     path = Path(path)
-    if force and path.exists() and not (path / "model_index.json").is_file():
-        raise ValueError(f"{path} is not the folder of a diffusers pipeline: it is not replaced")
-    with _temporary(source, path, force) as part:
-        for name, text in texts.items():
-            (part / name).parent.mkdir(parents=True, exist_ok=True)
-            (part / name).write_text(text, encoding="utf-8")
-        files = {part / name: _part(source, name) for name in FOLDER_FILES}
-        written = _write(files, dtype, progress)
-        if path.exists():
-            shutil.rmtree(path)
-        part.rename(path)
+    with write_errors_in_one_line(path):
+        if force and path.exists() and not (path / "model_index.json").is_file():
+            raise ValueError(f"{path} is not the folder of a diffusers pipeline: it is kept")
+        with temporary(source, path, force) as part:
+            for name, text in texts.items():
+                (part / name).parent.mkdir(parents=True, exist_ok=True)
+                (part / name).write_text(text, encoding="utf-8")
+            files = {part / name: _part(source, name) for name in FOLDER_FILES}
+            written = _write(files, dtype, progress)
+            require_free(source, path, force)
+            replaced = part.with_name(f"{part.name}.old")
+            if path.exists():
+                path.rename(replaced)
+            part.rename(path)
+            shutil.rmtree(replaced, ignore_errors=True)
     return _named(written, part, path)
 
 
@@ -130,35 +136,13 @@ def _part(source: Source, name: str) -> Source:
     return Selection(source.path, chosen, source.metadata)
 
 
-@contextmanager
-def _temporary(source: Source, path: Path, force: bool) -> Iterator[Path]:
-    """A name beside ``path`` to write to, at which nothing is left in the end."""
-    inputs = [file.resolve() for file in source.files]
-    if any(file == path.resolve() or path.resolve() in file.parents for file in inputs):
-        raise ValueError(f"{path} is the source itself: give another name")
-    if path.exists() and not force:
-        raise ValueError(f"{path} is there already: give another name, or --force to replace it")
-    part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "the disk is full" if full else error.strerror or str(error)
-        raise ValueError(f"{path} cannot be written: {reason}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        with suppress(OSError):
-            part.unlink()
-
-
 def _write(
     files: Mapping[Path, Source], dtype: torch.dtype | None, progress: Progress | None
 ) -> list[Written]:
     """Write files and verify them."""
     blanks = {path: _blanks(source, dtype) for path, source in files.items()}
     total = sum(blank.nbytes for each in blanks.values() for blank in each.values())
-    _require_space(next(iter(files)), total)
+    require_room(next(iter(files)).parent, total + _SLACK)
     count = _Counter("writing", total, progress)
     digests = {
         path: _write_one(path, blanks[path], _values(source, dtype, count), source.metadata)
@@ -277,12 +261,3 @@ def _named(written: list[Written], part: Path, path: Path) -> tuple[Written, ...
     for each in final:
         remember_sha256(each.path, each.sha256)
     return tuple(final)
-
-
-def _require_space(path: Path, size: int) -> None:
-    folder = next(parent for parent in path.parents if parent.exists())
-    free = shutil.disk_usage(folder).free
-    if free < size + _SLACK:
-        raise ValueError(
-            f"{folder} has {free / 1e9:.1f} GB left, and {size / 1e9:.1f} GB are to be written"
-        )

@@ -51,8 +51,8 @@ def detect(shapes: Shapes) -> str:
     if any(key.startswith(_NATIVE_PARTS) for key in shapes):
         return NATIVE
     known = ", ".join((NATIVE, *LAYOUTS))
-    first = next(iter(shapes), "no tensors")
-    raise ValueError(f"expected a video model in one of the layouts {known}; got {first}, ...")
+    got = f"tensors such as {next(iter(shapes))}" if shapes else "no tensors"
+    raise ValueError(f"expected a video model in one of the layouts {known}; got {got}")
 
 
 def plan(shapes: Shapes, *, source: str, target: str, partial: bool = False) -> Conversion:

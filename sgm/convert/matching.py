@@ -7,8 +7,7 @@ from torch import Tensor
 
 from sgm.convert.conversion import Entry, Shapes
 from sgm.convert.pairs import Form, Pair, Shape
-
-_LISTED = 3  # tensors of each kind that an error names
+from sgm.util import counted
 
 
 class Matcher:
@@ -58,9 +57,9 @@ class Matcher:
         """
         unused = [name for name in self.shapes if name not in self.used]
         faults = (
-            _count(self.missing, "missing"),
-            _count([name for name in unused if not droppable(name)], "left over"),
-            _count(self.misshapen.values(), "of another shape"),
+            counted(self.missing, "tensor", "missing"),
+            counted((name for name in unused if not droppable(name)), "tensor", "left over"),
+            counted(self.misshapen.values(), "tensor", "of another shape"),
         )
         if any(faults):
             raise ValueError(
@@ -134,12 +133,3 @@ def _factor(size: str) -> int:
 
 def _part(form: Form, number: int) -> Callable[[Tensor], Tensor]:
     return lambda native: form.unpack(native)[number]
-
-
-def _count(items: Iterable[str], state: str) -> str:
-    items = list(dict.fromkeys(items))
-    if not items:
-        return ""
-    more = ", ..." if len(items) > _LISTED else ""
-    noun = "tensor" if len(items) == 1 else "tensors"
-    return f"{len(items)} {noun} {state} ({', '.join(items[:_LISTED])}{more})"

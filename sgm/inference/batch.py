@@ -15,7 +15,7 @@ from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 
 from sgm.inference import record
-from sgm.inference.files import expand_inputs, next_output_path
+from sgm.inference.files import expand_inputs, next_output_path, user_path
 from sgm.inference.flags import OUTPUT_FOLDER, SAMPLE_PICTURE, Request, to_options
 from sgm.inference.settings import ModelFiles, Settings, find_model, resolve
 from sgm.inference.specs import find_file
@@ -157,7 +157,7 @@ def _output_folder(folder: Path) -> Path:
     Raises:
         ValueError: nothing can be written there.
     """
-    folder = folder.expanduser()
+    folder = user_path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=folder).close()

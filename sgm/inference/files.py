@@ -15,9 +15,24 @@ PICTURE_SUFFIXES = frozenset(
 def user_path(path: str | os.PathLike[str]) -> Path:
     """The path that a user means, whose ``~`` or ``~name`` may stand for a home folder.
 
-    Unlike `Path.expanduser`, leaves the name of an unknown user as it is: there is no such file.
+    Raises:
+        ValueError: there is no such home folder, nor something of that very name here.
     """
-    return Path(os.path.expanduser(path))  # noqa: PTH111
+    path = Path(path)
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        if is_there(path):
+            return path
+        raise ValueError(
+            f"{str(path)!r}: there is no home folder {path.parts[0]}; write ./ before a name that "
+            "itself begins with ~"
+        ) from None
+
+
+def is_there(path: str | os.PathLike[str]) -> bool:
+    """Whether there is such a file or folder; a text that can be no name is none."""
+    return os.path.exists(os.path.expanduser(path))  # noqa: PTH110, PTH111 - pathlib's raise errors
 
 
 def is_address(source: object) -> bool:

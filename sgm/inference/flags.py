@@ -11,7 +11,7 @@ from pathlib import Path
 from textwrap import TextWrapper
 from typing import Any, Self
 
-from sgm.inference.files import is_address
+from sgm.inference.files import is_address, is_there
 from sgm.inference.options import GROUPS, SamplingOptions, describe, option_fields
 from sgm.inference.specs import SPECS
 
@@ -207,7 +207,7 @@ def _number(text: str) -> int | float | str:
 
 def _paths(text: str) -> tuple[str, ...]:
     """One path, or several with commas between, as they are or in brackets."""
-    if is_address(text) or "," not in text or Path(text).expanduser().exists():
+    if is_address(text) or "," not in text or is_there(text):
         return (text,)
     listed = text[1:-1] if text.startswith("[") and text.endswith("]") else text
     return tuple(part.strip().strip("'\"") for part in listed.split(",") if part.strip())

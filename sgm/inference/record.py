@@ -12,7 +12,7 @@ from threading import Event
 from typing import TYPE_CHECKING, Any, cast
 
 import sgm
-from sgm.inference.files import is_address
+from sgm.inference.files import is_address, user_path
 from sgm.inference.flags import Request
 from sgm.inference.settings import ModelFiles, Settings
 
@@ -84,7 +84,7 @@ def read_record(path: str | Path) -> Record:
     Raises:
         ValueError: no such file, or not a record.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         identity(record)
@@ -206,4 +206,4 @@ def _sha256_of_config(files: ModelFiles) -> str:
 
 def _located(path: Path, sha256: str | None) -> Record:
     # Links are kept: the hub's cache gives files their names by them.
-    return {"path": str(path.expanduser().absolute()), "sha256": sha256}
+    return {"path": str(path.absolute()), "sha256": sha256}

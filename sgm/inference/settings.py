@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from sgm.inference.files import user_path
 from sgm.inference.options import SamplingOptions
 from sgm.inference.specs import SPECS, ModelSpec, default_spec, find_config, get_spec
 from sgm.inference.weights import base_of, given_weights, own_weights, tell_model
@@ -52,11 +53,13 @@ def read_config(path: str | Path) -> Config:
         ValueError: no such file, no YAML, or no ``model`` with all its parts in it.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"config {str(path)!r}: no such file")
     try:
+        if not path.is_file():
+            raise ValueError("no such file")
         config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
         return _model_section(config)
+    except OSError as exc:  # not permitted, or longer than a name can be
+        raise ValueError(f"config {str(path)!r}: {exc.strerror}") from exc
     except (YAMLError, OmegaConfBaseException, ValueError) as exc:
         raise ValueError(f"config {str(path)!r}: {str(exc).splitlines()[0]}") from exc
 
@@ -136,7 +139,7 @@ def find_model(
         ValueError: unknown name, missing or unfit file.
     """
     spec = get_spec(name) if name else None
-    yaml = Path(config).expanduser() if config else None
+    yaml = user_path(config) if config else None
     if yaml is not None:
         model = read_config(yaml)
         spec = spec or SPECS.get(yaml.stem)

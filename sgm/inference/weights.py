@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from sgm.inference.files import user_path
 from sgm.inference.specs import SPECS, ModelSpec, find_path
 
 logger = logging.getLogger(__name__)
@@ -26,8 +27,8 @@ def given_weights(asked: str, spec: ModelSpec | None = None) -> Path:
     found = locate(asked, spec)
     if found is None:
         raise ValueError(
-            f"ckpt_path {asked!r}: no such file or folder; a repository of the Hugging Face hub is "
-            "written OWNER/NAME"
+            f"checkpoint {asked!r}: no such file or folder; a repository of the Hugging Face hub "
+            "is written OWNER/NAME"
         )
     return found
 
@@ -79,9 +80,12 @@ def locate(asked: str, spec: ModelSpec | None = None) -> Path | None:
         The file or folder; None where there is none and no place on the hub is meant.
 
     Raises:
-        ValueError: the hub does not have it, or cannot be reached.
+        ValueError: no name of a file, or the hub does not have it or cannot be reached.
     """
-    found = find_path(Path(asked).expanduser())
+    try:
+        found = find_path(user_path(asked))
+    except OSError as error:  # not permitted, or longer than a name can be
+        raise ValueError(f"checkpoint {asked!r}: {error.strerror}") from None
     address = None if found else parse_address(asked)
     if address is None:
         return found

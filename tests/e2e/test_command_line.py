@@ -138,6 +138,9 @@ def test_the_script_itself_exits_with_the_code():
         (["--device=meta"], "device 'meta' is not available here"),
         (["--output=latents"], "unknown flag --output"),
         (["--output_folder=photos/a.png"], "output_folder 'photos/a.png': File exists"),
+        (["--output_folder=~nosuchuser/x"], "there is no home folder ~nosuchuser"),
+        (["--repeat=~nosuchuser/x.json"], "there is no home folder ~nosuchuser"),
+        (["--input_path=" + ",".join(["absent.jpg"] * 40)], "input 'absent.jpg': no such file"),
     ],
 )
 def test_what_cannot_be_done_is_refused_in_one_line(place, capsys, arguments, words):

@@ -17,6 +17,7 @@ from scripts import convert
 from sgm.checkpoint import load_checkpoint, open_checkpoint, read_state_dict, sha256_of
 from sgm.util import instantiate_from_config
 from tests.foreign import native_config
+from tests.local_hub import local_hub
 from tests.tiny import draw_weights
 
 ROOT = Path(__file__).parents[2]
@@ -136,7 +137,10 @@ def test_a_part_alone_is_converted_when_said(
         (["{native}", "{new}.txt"], "ends in .safetensors"),
         (["{native}", "{new}.safetensors", "--to", "mindspore"], "ends in .ckpt"),
         (["{native}", "{there}/x.safetensors"], "cannot be written"),
-        (["{new}.safetensors", "{there}"], "is not there"),
+        (["{new}.safetensors", "{there}"], "no such file or folder"),
+        (["{native}", "~nosuchuser/x.safetensors"], "no home folder ~nosuchuser"),
+        (["~nosuchuser/x.ckpt", "{new}.safetensors"], "no home folder ~nosuchuser"),
+        (["{native}", "{new}", "--to", "diffusers", "--partial"], "leave --partial out"),
     ],
 )
 def test_wrong_wishes_are_one_line(
@@ -159,19 +163,35 @@ def test_wrong_wishes_are_one_line(
     assert native.read_bytes() == before
 
 
-def test_help_and_wrong_flags_answer_at_once():
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--help"], "--dtype {fp16,bf16,fp32}"),
+        (["x.safetensors", "y.safetensors", "--dtype", "int3"], "invalid choice: 'int3'"),
+        (["README.md", "y.bin"], "ends in .safetensors"),
+        (["absent.ckpt", "y.safetensors"], "no such file"),
+    ],
+)
+def test_help_and_wrong_wishes_answer_at_once(arguments: list[str], words: str):
     # Without torch: its import alone takes most of the two seconds.
-    code = "import sys; from scripts.convert import main\ntry: main(['--help'])\n"
-    code += "except SystemExit: print('torch' in sys.modules)"
+    code = "import sys; from scripts.convert import main\ntry: main(sys.argv[1:])\n"
+    code += "finally: print('torch' in sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, *arguments],
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
         cwd=ROOT,
     )
     assert done.stdout.splitlines()[-1] == "False"
-    assert "--dtype {fp16,bf16,fp32}" in done.stdout
+    assert words in done.stdout + done.stderr
+
+
+def test_a_repository_of_the_hub(native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with local_hub(monkeypatch, tmp_path / "hub") as hub:
+        hub.repositories["me/video"] = {"mine.safetensors": native.read_bytes()}
+        assert run("me/video", tmp_path / "out.safetensors") == 0
+    assert_equal(load_file(tmp_path / "out.safetensors"), load_file(native))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no such signals")
@@ -196,7 +216,7 @@ def test_a_signal_leaves_nothing(native: Path, tmp_path: Path, sent: signal.Sign
     _, error = child.communicate(timeout=120)
     assert child.returncode == 130
     assert error == "interrupted: nothing is left behind\n"
-    assert list(target.parent.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_progress_is_shown_on_a_terminal(native: Path, tmp_path: Path):

@@ -63,6 +63,13 @@ def test_a_repository_without_the_file_is_one_line(hub, capsys):
     assert "has no file svd_xt.safetensors; its checkpoints: other" in capsys.readouterr().err
 
 
+def test_a_home_that_is_not_there_is_one_line(hub, tmp_path, capsys):
+    assert main(["svd_xt", "--folder", "~nosuchuser/weights"]) == 2
+    assert "there is no home folder ~nosuchuser" in capsys.readouterr().err
+    assert not hub.requests
+    assert not list(tmp_path.glob("~*"))
+
+
 def test_every_published_model_can_be_asked_for():
     """Catches: a row of the table without its repository; the bundled model offered."""
     published = {name for name, spec in SPECS.items() if spec.repository}

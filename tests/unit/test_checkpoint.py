@@ -6,6 +6,7 @@ import json
 import os
 import random
 import struct
+import tempfile
 import threading
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from sgm.checkpoint import identify, load_checkpoint, read_state_dict, sha256_of
+from sgm.checkpoint import identify, load_checkpoint, open_checkpoint, read_state_dict, sha256_of
 
 KEYS = Path(__file__).parents[1] / "data/keys"
 WRITERS = {
@@ -368,6 +369,19 @@ def test_no_code_of_a_file_is_run(tmp_path: Path):
     assert not (tmp_path / "owned").exists()
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
+def test_tensors_that_cannot_be_mapped_are_named(tmp_path: Path):
+    torch.save({"x": torch.ones(3), "odd": torch.ones(3).to_sparse()}, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=r"odd is sparse or quantised"):
+        read_state_dict(tmp_path / "x.ckpt")
+
+
+def test_numbers_are_names_too(tmp_path: Path):
+    # As the state of an optimizer has them.
+    torch.save({1: torch.ones(3)}, tmp_path / "x.ckpt")
+    assert open_checkpoint(tmp_path / "x.ckpt").tensors.keys() == {"1"}
+
+
 def test_torch_s_old_format_is_read(tmp_path: Path):
     path = tmp_path / "old.pt"
     torch.save(weights(), path, _use_new_zipfile_serialization=False)
@@ -466,6 +480,14 @@ def test_digest_survives_concurrent_callers(tmp_path: Path, cache: Path):
 
 def test_digest_needs_no_writable_cache(tmp_path: Path, cache: Path):
     cache.write_text("a file where the folder should be")
+    (tmp_path / "file").write_bytes(b"weights")
+    assert sha256_of(tmp_path / "file") == hashlib.sha256(b"weights").hexdigest()
+
+
+def test_digest_needs_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("SGM_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "~nosuchuser/.cache")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "file").write_bytes(b"weights")
     assert sha256_of(tmp_path / "file") == hashlib.sha256(b"weights").hexdigest()
 

@@ -130,6 +130,24 @@ def test_a_missing_shard_is_named(pipeline: Any, tmp_path: Path):
         open_checkpoint(tmp_path)
 
 
+def test_the_files_of_two_sets_are_refused(pipeline: Any, tmp_path: Path):
+    # Catches: tensors of an earlier download that silently stand in place of the later one's.
+    pipeline.unet.save_pretrained(tmp_path / "unet", max_shard_size="5MB")
+    pipeline.unet.save_pretrained(tmp_path / "other", max_shard_size="3MB")
+    for path in (tmp_path / "other").glob("*.safetensors"):
+        shutil.copy(path, tmp_path / "unet")
+    with pytest.raises(ValueError, match=r"unet/\S+ holds unet/\S+ again"):
+        open_checkpoint(tmp_path)
+
+
+def test_the_index_is_not_believed(pipeline: Any, tmp_path: Path):
+    # The names of the files tell what there is: an index could name any file of this machine.
+    pipeline.unet.save_pretrained(tmp_path / "unet", max_shard_size="500KB")
+    (index,) = (tmp_path / "unet").glob("*.index.json")
+    index.write_text('{"weight_map": {"conv_in.weight": "../../secret.safetensors"}}')
+    assert "unet/conv_in.weight" in open_checkpoint(tmp_path).tensors
+
+
 def test_a_part_that_is_missing_is_named(folder: Path):
     shutil.rmtree(folder / "image_encoder")
     with pytest.raises(ValueError, match=r"missing \(image_encoder/") as caught:

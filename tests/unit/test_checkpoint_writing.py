@@ -241,8 +241,45 @@ def test_a_disk_that_stores_something_else_is_noticed(
 
 def test_a_full_disk_is_noticed_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "_SLACK", 1 << 60)
-    with pytest.raises(ValueError, match=r"GB left, and 0\.0 GB are to be written"):
-        write_file(source(tmp_path), tmp_path / "out.safetensors")
+    with pytest.raises(ValueError, match=r" left, .* are needed"):
+        write_file(source(tmp_path), tmp_path / "new" / "folder" / "out.safetensors")
+    assert only(tmp_path) == {"source.safetensors"}
+
+
+def test_what_appears_meanwhile_is_kept(tmp_path: Path):
+    # Catches: --force looked at before the minutes of writing alone.
+    target = tmp_path / "out.safetensors"
+    with pytest.raises(ValueError, match="is there already"):
+        write_file(source(tmp_path), target, progress=lambda *_: target.write_text("precious"))
+    assert target.read_text() == "precious"
+    assert only(tmp_path) == {"source.safetensors", "out.safetensors"}
+
+
+def test_a_name_that_cannot_be_is_one_line(tmp_path: Path):
+    for target in (
+        tmp_path / ("x" * 300 + ".safetensors"),
+        tmp_path / ("x" * 245 + ".safetensors"),
+    ):
+        with pytest.raises(ValueError, match="cannot be written: File name too long"):
+            write_file(source(tmp_path), target)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="makes a symbolic link")
+def test_a_link_to_itself_is_replaced(tmp_path: Path):
+    target = tmp_path / "out.safetensors"
+    target.symlink_to(target.name)
+    write_file(source(tmp_path), target)
+    assert target.is_file()
+
+
+def test_a_torch_file_that_is_taken_away_is_called_by_its_name(tmp_path: Path):
+    # Catches: the target said to be at fault.
+    path = tmp_path / "source.ckpt"
+    torch.save({"x": torch.ones(2)}, path)
+    opened = open_checkpoint(path)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"source\.ckpt was replaced while it was being read"):
+        write_file(opened, tmp_path / "out.safetensors")
 
 
 @pytest.mark.skipif(not STATUS.exists(), reason="reads Linux's account of memory")

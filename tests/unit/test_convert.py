@@ -74,8 +74,10 @@ def test_layouts_are_told_apart(name):
 
 
 def test_an_unknown_layout_is_refused():
-    with pytest.raises(ValueError, match=r"expected a video model .* got text_model\.a"):
+    with pytest.raises(ValueError, match=r"expected a video model .* such as text_model\.a$"):
         detect({"text_model.a": (1,)})
+    with pytest.raises(ValueError, match="got no tensors"):
+        detect({})
     with pytest.raises(ValueError, match=r"expected one of the layouts native, .*'onnx'"):
         plan({}, source="onnx", target="native")
 

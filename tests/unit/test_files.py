@@ -103,12 +103,12 @@ def test_an_empty_list_and_a_folder_without_pictures_are_refused(tmp_path):
     ("given", "message"),
     [
         ("", "expected a file, folder, pattern"),
-        ("~nosuchuser/a.png", "no such file"),
+        ("~nosuchuser/a.png", "no home folder ~nosuchuser;"),
         ("x" * 300 + ".png", "name too long"),
     ],
     ids=["empty", "unknown user", "long"],
 )
 def test_what_can_be_no_file_is_refused_by_name(given, message):
     """Caught: an empty shell variable that takes the pictures of the current folder."""
-    with pytest.raises(ValueError, match=rf"(?i)input '{given[:9]}.*{message}"):
+    with pytest.raises(ValueError, match=rf"(?i)'{given[:9]}.*{message}"):
         expand_inputs(given)

@@ -13,7 +13,8 @@ from collections import namedtuple
 import pytest
 
 from sgm.checkpoint.hub import choose_files, look_up
-from sgm.checkpoint.hub_fetch import download, fetch, in_bytes
+from sgm.checkpoint.hub_fetch import download, fetch
+from sgm.checkpoint.room import in_bytes
 from tests.local_hub import COMMIT, TOKEN, local_hub
 
 REPOSITORY = "someone/some-video"
@@ -126,6 +127,18 @@ def test_without_the_network_the_cache_is_used(hub, monkeypatch, caplog):
         ValueError, match=r"^http://127.0.0.1:9/o/n cannot be reached \(.*\): check"
     ):
         fetch("o/n")
+
+
+def test_no_hub_and_nothing_cached_says_what_is_wrong(hub, monkeypatch):
+    """Catches: the failure of the cache told in place of the network's."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ValueError, match=r"127.0.0.1:9/\S+ cannot be reached \(.*refused\)"):
+        fetch(REPOSITORY)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="not on this machine, and HF_HUB_OFFLINE forbids"):
+        fetch(REPOSITORY)
 
 
 @pytest.mark.parametrize("ask", [fetch, look_up])

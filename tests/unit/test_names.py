@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from sgm.checkpoint.reading import SUFFIXES
+from sgm.inference import weights
 from sgm.inference.settings import find_model
 from sgm.inference.specs import SPECS
-from sgm.inference.weights import locate, parse_address, tell_model
+from sgm.inference.weights import given_weights, locate, parse_address, tell_model
 from tests.sparse import published_shapes, write_sparse
 
 SVD = ("svd_xt", "svd", "svd_xt_1_1", "svd_xt_lcm")
@@ -130,10 +132,26 @@ def test_the_given_version_is_not_doubted_before_loading(tmp_path):
 
 def test_a_missing_file_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"ckpt_path 'none\.ckpt': no such file or folder"):
+    with pytest.raises(ValueError, match=r"checkpoint 'none\.ckpt': no such file or folder"):
         find_model("svd", ckpt_path="none.ckpt")
     with pytest.raises(ValueError, match=r"svd needs its weights at .*download.py svd"):
         find_model("svd")
+
+
+def test_the_formats_that_are_read_are_those_that_are_looked_for():
+    assert weights._SUFFIXES == SUFFIXES
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [("x" * 300 + ".ckpt", "File name too long"), ("~nosuchuser/x.ckpt", "no home folder ~nosuch")],
+    ids=["too long", "no such user"],
+)
+def test_what_can_be_no_file_is_one_line(asked, words):
+    with pytest.raises(ValueError, match=rf"{asked[:9]}.*{words}"):
+        given_weights(asked)
+    with pytest.raises(ValueError, match=rf"{asked[:9]}.*{words}"):
+        find_model("svd", config=asked.replace(".ckpt", ".yaml"))
 
 
 @pytest.mark.parametrize("name", ["svd_xt.safetensors", "svd_xt.ckpt", "svd_xt/unet/x.safetensors"])

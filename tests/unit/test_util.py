@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from sgm.util import (
     append_dims,
+    counted,
     default,
     get_obj_from_str,
     instantiate_from_config,
@@ -34,6 +35,12 @@ def test_append_dims_broadcasts_over_rows():
     assert append_dims(x, 1).shape == (3,)
     with pytest.raises(ValueError, match="at most 1 dimensions, got 2"):
         append_dims(torch.zeros(2, 2), 1)
+
+
+def test_counting_names_a_few_and_each_once():
+    assert counted([], "key", "missing") == ""
+    assert counted(["a", "a"], "key", "missing") == "1 key missing (a)"
+    assert counted(iter("abcd"), "key", "missing") == "4 keys missing (a, b, c, ...)"
 
 
 def test_dotted_paths_name_objects():
