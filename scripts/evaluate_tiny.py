@@ -52,7 +52,8 @@ def reconstruct(pipeline: "VideoPipeline", picture: Frames, frames: int) -> Fram
     with torch.no_grad():
         encode = conditioner.embedders[conditioner.input_keys.index("cond_frames")]
         latent = engine.scale_factor * encode(x.to(pipeline.device))
-    return to_bytes(engine.decode_first_stage(latent.repeat(frames, 1, 1, 1))[0])
+    chunks = engine.decode_chunks(latent.repeat(frames, 1, 1, 1), None, pipeline.networks.decoder)
+    return to_bytes(next(chunks)[0])
 
 
 def contact_sheet(picture_rows: Sequence[tuple[Frames, Frames]]) -> Image.Image:

@@ -38,10 +38,12 @@ def load_pipeline(
     modified: int,  # noqa: ARG001 - part of the key
     device: str | None,
     dtype: str | None,
+    optimize: str,
     _callback: Callback,  # Streamlit leaves names with an underscore out of the key
 ) -> VideoPipeline:
     """The pipeline, loaded anew where the YAML differs or the weights were ``modified`` since."""
-    return VideoPipeline.load(files, device, dtype, _callback)
+    options = SamplingOptions(device=device, dtype=dtype, optimize=optimize)
+    return VideoPipeline.load(files, options, _callback)
 
 
 @contextmanager
@@ -153,7 +155,8 @@ def sample(
             st.write(about)
         modified = max(file.stat().st_mtime_ns for file in files.weight_files())
         callback = progress_bars()
-        pipeline = load_pipeline(files, modified, options.device, options.dtype, callback)
+        how = (options.device, options.dtype, options.optimize)
+        pipeline = load_pipeline(files, modified, *how, callback)
         status.update(label=f"Sampling with {spec.name} on {pipeline.device}", expanded=True)
         made = pipeline(picture, options, callback=callback)
         status.update(label="Done", expanded=False)

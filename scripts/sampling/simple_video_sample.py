@@ -97,7 +97,7 @@ def load(job: Job, line: ProgressLine | None) -> "VideoPipeline":
     if line:
         reading = duration(reading_seconds(job.files.weight_files()))
         line.show(f"loading {job.files.checkpoint.name}, about {reading}")
-    return VideoPipeline.load(job.files, options.device, options.dtype, line)
+    return VideoPipeline.load(job.files, options, line)
 
 
 def announce_defaults(request: Request, job: Job) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sgm.device import memory_errors
-from sgm.inference.memory import first_stage_dtype
+from sgm.inference.memory import decoder_dtype
 from sgm.inference.progress import duration
 from sgm.inference.settings import GUIDER_TARGETS, SAMPLER_TARGETS, ModelFiles, Settings
 from sgm.modules.autoencoding.temporal_ae import VideoDecoder
@@ -55,10 +55,10 @@ def announcement(files: ModelFiles, settings: Settings, videos: int) -> str | No
 def estimate_seconds(files: ModelFiles, settings: Settings) -> float:
     """Seconds that one video will take on the device and in the type of ``settings``."""
     device, dtype = torch.device(str(settings.options.device)), _dtype(settings)
-    decoder_dtype = first_stage_dtype(dtype)
+    decoding = decoder_dtype(device, dtype, settings.options.optimize)
     network, decoder = count_flops(files, settings)
-    rates = {each: matmul_rate(device, each) for each in {dtype, decoder_dtype}}
-    return (network / rates[dtype] + decoder / rates[decoder_dtype]) / EFFICIENCY
+    rates = {each: matmul_rate(device, each) for each in {dtype, decoding}}
+    return (network / rates[dtype] + decoder / rates[decoding]) / EFFICIENCY
 
 
 def bound_seconds(files: ModelFiles, settings: Settings) -> float:

@@ -1,11 +1,16 @@
 """Where weights live, and in which type."""
 
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sgm.device import has_fast_bfloat16
+from sgm.inference.optimized import OptimizedDecoder, OptimizedNetwork, Place
+from sgm.inference.optimized.scaling import FLOAT16_SCALE, scale_stream
 from sgm.models.diffusion import DiffusionEngine
 
 
@@ -25,45 +30,117 @@ def first_stage_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+def decoder_dtype(device: torch.device, dtype: torch.dtype, optimize: str) -> torch.dtype:
+    """The type of the decoder beside a U-Net of ``dtype``.
+
+    The optimised decoder holds in float16 what overflows in the plain one; a CPU computes float32
+    faster than float16.
+    """
+    scaled = optimize != "none" and device.type != "cpu"
+    return dtype if scaled else first_stage_dtype(dtype)
+
+
+# The approximations of ``fast``, as measured on the bundled model (docs/performance.md).
+FAST_REUSE = 2
+FAST_GUIDED = (0.3, math.inf)
+
 Report = Callable[[int, int], None]
 
 
+@dataclass(frozen=True)
+class Networks:
+    """What sampling calls.
+
+    Attributes:
+        network: called as the engine's ``model``.
+        decoder: called as the first stage's ``decoder``.
+    """
+
+    network: Callable[..., Tensor]
+    decoder: nn.Module
+
+
 def place(
-    engine: DiffusionEngine, device: torch.device, dtype: torch.dtype, report: Report | None = None
-) -> None:
+    engine: DiffusionEngine,
+    device: torch.device,
+    dtype: torch.dtype,
+    optimize: str = "none",
+    report: Report | None = None,
+) -> Networks:
     """Bring the parts that sampling uses to a device and type; the others stay where they are.
 
     The first stage's encoder and the condition autoencoder's decoder are not used: mapped from a
-    file, they are never read.
+    file, they are never read. Optimised networks are made of weights of their own; the engine's
+    stay as they are stored.
 
     Args:
         engine: with weights.
         device: where they go.
         dtype: of the U-Net; the autoencoders may need a wider one.
+        optimize: ``none`` for the plain networks, ``exact`` for the optimised ones, ``fast`` for
+            those with deep features that serve :data:`FAST_REUSE` calls.
         report: called with the bytes that are placed, and all that will be.
     """
-    tensors = [
-        (tensor, number)
-        for part, number in _used_parts(engine, dtype)
-        for tensor in (*part.parameters(), *part.buffers())
-    ]
-    total = sum(tensor.nbytes for tensor, _ in tensors)
-    done = 0
-    for tensor, number in tensors:
-        done += tensor.nbytes
-        tensor.data = tensor.data.to(device, number if tensor.is_floating_point() else None)
-        if report:
-            report(done, total)
     engine.eval().requires_grad_(False)
+    decoding = decoder_dtype(device, dtype, optimize)
+    decoder: Any = engine.first_stage_model.decoder
+    parts = [(engine.model, dtype), (decoder, decoding), *_other_parts(engine, dtype)]
+    loading = _Loading(device, sum(tensor.nbytes for part, _ in parts for tensor in _held(part)))
+    loading.report = report
+    networks = Networks(engine.model, decoder)
+    if optimize != "none":
+        parts = parts[2:]
+        if decoding == torch.float16:
+            decoder = scale_stream(decoder, FLOAT16_SCALE)
+        networks = Networks(
+            OptimizedNetwork(
+                engine.model, loading.to(dtype), reuse=FAST_REUSE if optimize == "fast" else 1
+            ),
+            OptimizedDecoder(decoder, loading.to(decoding)),
+        )
+    for part, number in parts:
+        to = loading.to(number)
+        for tensor in _held(part):
+            tensor.data = to(tensor)
+    loading.finish()
+    return networks
 
 
-def _used_parts(
+class _Loading:
+    """Brings tensors to a device, and reports how many bytes of them there are so far."""
+
+    def __init__(self, device: torch.device, total: int) -> None:
+        self.device, self.total, self.done = device, total, 0
+        self.report: Report | None = None
+
+    def to(self, dtype: torch.dtype) -> Place:
+        """A function that brings a tensor to the device and, if it is of numbers, this type."""
+
+        def place(tensor: Tensor) -> Tensor:
+            self.done += tensor.nbytes
+            if self.report:
+                self.report(min(self.done, self.total), self.total)
+            return tensor.detach().to(self.device, dtype if tensor.is_floating_point() else None)
+
+        return place
+
+    def finish(self) -> None:
+        """Report the end, and nothing of what optimised networks place later, in a run."""
+        if self.report:
+            self.report(self.total, self.total)
+        self.report = None
+
+
+def _held(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _other_parts(
     engine: DiffusionEngine, dtype: torch.dtype
 ) -> Iterator[tuple[nn.Module, torch.dtype]]:
-    """What sampling uses, with its types."""
+    """What sampling uses beside U-Net and decoder, with its types."""
     autoencoder_dtype = first_stage_dtype(dtype)
-    yield engine.model, dtype
-    for part in _without(engine.first_stage_model, "encoder"):
+    for part in _without(engine.first_stage_model, "encoder", "decoder"):
         yield part, autoencoder_dtype
     for embedder in engine.conditioner.embedders:
         encoder = getattr(embedder, "encoder", None)
@@ -73,5 +150,5 @@ def _used_parts(
             yield embedder, dtype
 
 
-def _without(module: nn.Module, unused: str) -> list[nn.Module]:
-    return [child for name, child in module.named_children() if name != unused]
+def _without(module: nn.Module, *unused: str) -> list[nn.Module]:
+    return [child for name, child in module.named_children() if name not in unused]

@@ -16,6 +16,7 @@ from typing import Any, Self
 
 GUIDANCE_SHAPES = ("constant", "linear", "triangle", "trapezoid", "none")
 SAMPLERS = ("euler", "heun", "euler_ancestral", "dpmpp_2s_ancestral", "dpmpp_2m", "lms", "lcm")
+OPTIMIZATIONS = ("none", "exact", "fast")
 DTYPES = ("float32", "float16", "bfloat16")
 FITS = ("cover", "contain", "stretch")
 OUTPUTS = ("frames", "numpy", "tensor", "latents")
@@ -133,6 +134,13 @@ class SamplingOptions:
     )
     device: str | None = _option(
         "device", "Where to compute.", group="expert", unset="the fastest there is"
+    )
+    optimize: str = _choice(
+        "Networks as written (none), the same numbers from less work (exact), or also two "
+        "approximations: deep features serve two steps, no guidance below noise level 0.3 (fast).",
+        OPTIMIZATIONS,
+        group="expert",
+        default="exact",
     )
     output: str = _choice(
         "What the pipeline returns: 8-bit frames, float arrays or tensors, or undecoded latents.",

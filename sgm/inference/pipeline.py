@@ -18,7 +18,7 @@ from torch import Tensor
 from sgm.checkpoint import load_checkpoint
 from sgm.device import default_device, memory_errors, parse_device
 from sgm.inference.conditioning import embed, make_batch
-from sgm.inference.memory import default_dtype, first_stage_dtype, place
+from sgm.inference.memory import FAST_GUIDED, decoder_dtype, default_dtype, place
 from sgm.inference.options import SamplingOptions
 from sgm.inference.pictures import (
     Picture,
@@ -76,6 +76,7 @@ class VideoPipeline:
         files: where it comes from.
         device: where to compute; None for the fastest there is.
         dtype: type of the U-Net; None for the best that the device is fast in.
+        optimize: ``none``, ``exact`` or ``fast``, see :class:`SamplingOptions`.
         callback: called while the weights go to the device; returning False ends that.
     """
 
@@ -85,16 +86,17 @@ class VideoPipeline:
         files: ModelFiles,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        optimize: str = "exact",
         callback: Callback | None = None,
     ) -> None:
         self.engine, self.files, self.spec = engine, files, files.spec
         self.device = default_device() if device is None else torch.device(device)
-        self.dtype = dtype or default_dtype(self.device)
+        self.dtype, self.optimize = dtype or default_dtype(self.device), optimize
 
         def placed(done: int, total: int) -> None:
             _report(callback, Progress("loading", done // 10**6, max(1, total // 10**6)))
 
-        place(engine, self.device, self.dtype, placed)
+        self.networks = place(engine, self.device, self.dtype, optimize, placed)
 
     @classmethod
     def from_spec(
@@ -105,6 +107,7 @@ class VideoPipeline:
         ckpt_path: str | Path | None = None,
         device: str | None = None,
         dtype: str | torch.dtype | None = None,
+        optimize: str = "exact",
     ) -> Self:
         """Load a named model.
 
@@ -121,26 +124,34 @@ class VideoPipeline:
                 Hugging Face hub, ``owner/name``, whose files are fetched if they are not here yet.
             device: such as ``cuda:1``; None for the fastest there is.
             dtype: ``float32``, ``float16`` or ``bfloat16``; None for the best that is fast.
+            optimize: ``none``, ``exact`` or ``fast``, see :class:`SamplingOptions`.
 
         Raises:
             ValueError: unknown name, missing or unfit file, device that is not there, other type.
             MemoryError: the device is too small; the message says what to try.
         """
-        return cls.load(find_model(name, config, ckpt_path), device, dtype)
+        options = {"device": device, "dtype": dtype, "optimize": optimize}
+        return cls.load(find_model(name, config, ckpt_path), SamplingOptions.from_dict(options))
 
     @classmethod
     def load(
         cls,
         files: ModelFiles,
-        device: str | None = None,
-        dtype: str | torch.dtype | None = None,
+        options: SamplingOptions | None = None,
         callback: Callback | None = None,
     ) -> Self:
         """Load a model whose files are found.
 
-        ``callback`` is called as by the constructor; all else as in :meth:`from_spec`.
+        Args:
+            files: of the model.
+            options: of which ``device``, ``dtype`` and ``optimize`` matter here.
+            callback: as in the constructor.
+
+        Raises:
+            ValueError: as in :meth:`from_spec`.
+            MemoryError: as there.
         """
-        asked = SamplingOptions.from_dict({"device": device, "dtype": dtype})
+        asked = options or SamplingOptions()
         target = parse_device(asked.device) if asked.device else default_device()
         number = getattr(torch, asked.dtype) if asked.dtype else None
         params = (files.config.get("params") or {}) | {"ckpt_path": None}
@@ -156,7 +167,7 @@ class VideoPipeline:
         ):
             overlay = files.checkpoint if files.base else None
             load_checkpoint(engine, files.base or files.checkpoint, overlay=overlay)
-            return cls(engine, files, target, number, callback)
+            return cls(engine, files, target, number, asked.optimize, callback)
 
     @property
     def latent_channels(self) -> int:
@@ -185,6 +196,10 @@ class VideoPipeline:
             raise ValueError(f"device is {self.device} in this pipeline, got {options.device}")
         if options.dtype and getattr(torch, options.dtype) != self.dtype:
             raise ValueError(f"dtype is {self.dtype} in this pipeline, got {options.dtype}")
+        if options.optimize != self.optimize:
+            raise ValueError(
+                f"optimize is {self.optimize} in this pipeline, got {options.optimize}"
+            )
         decided = options.replace(device=str(self.device), dtype=self.dtype)
         return settings_for(self.files, picture, decided)
 
@@ -299,11 +314,14 @@ class VideoPipeline:
         c, uc = embed(self.engine.conditioner, batch, frames)
         _report(callback, Progress("encoding", 1, 1))
         sampler = instantiate_from_config(settings.sampler_config)
+        if self.optimize == "fast":
+            sampler.guider.interval = FAST_GUIDED
 
         def denoise(x: Tensor, sigma: Tensor, cond: Any) -> Tensor:
             indicator = torch.zeros(len(x) // frames, frames, device=x.device)
             extra = {"num_video_frames": frames, "image_only_indicator": indicator}
-            return self.engine.denoiser(self.engine.model, x, sigma, cond, **extra)
+            # All rows are at the same noise level, so one embedding serves them.
+            return self.engine.denoiser(self.networks.network, x, sigma[:1], cond, **extra)
 
         def after_step(step: int, total: int, sigma: float, estimate: Tensor) -> None:
             _report(callback, Progress("sampling", step, total, sigma, estimate))
@@ -328,10 +346,13 @@ class VideoPipeline:
         total, done = len(latents), 0
         _report(callback, Progress("decoding", 0, total))
         for part in self.engine.decode_chunks(
-            latents.to(self.device, torch.float32), settings.options.decoding_t
+            latents.to(self.device, torch.float32),
+            settings.options.decoding_t,
+            self.networks.decoder,
         ):
             if not torch.isfinite(part).all():
-                raise ValueError(_not_finite("decoded frames", first_stage_dtype(self.dtype)))
+                dtype = decoder_dtype(self.device, self.dtype, self.optimize)
+                raise ValueError(_not_finite("decoded frames", dtype))
             parts.append(self._crop(part, settings).clamp(-1, 1).float().cpu())
             done += len(part)
             _report(callback, Progress("decoding", done, total))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm.checkpoint import load_checkpoint
-from sgm.util import instantiate_from_config, refuse_unknown
+from sgm.util import default, instantiate_from_config, refuse_unknown
 
 Config = Mapping[str, Any]
 
@@ -101,9 +101,12 @@ class AutoencodingEngine(nn.Module):
         z, log = self.regularization(moments, generator)
         return (z, log) if return_reg_log else z
 
-    def decode(self, z: Tensor, **kwargs: Any) -> Tensor:
-        """(n, z, h / f, w / f) -> (n, 3, h, w); ``timesteps`` goes to a video decoder."""
-        return self.decoder(z, **kwargs)
+    def decode(self, z: Tensor, decoder: nn.Module | None = None, **kwargs: Any) -> Tensor:
+        """(n, z, h / f, w / f) -> (n, 3, h, w); ``timesteps`` goes to a video decoder.
+
+        ``decoder`` is another form of :attr:`decoder` to call instead.
+        """
+        return default(decoder, self.decoder)(z, **kwargs)
 
     def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Encode and decode: latents, reconstruction and the regulariser's dictionary."""
@@ -150,9 +153,9 @@ class AutoencoderKL(AutoencodingEngine):
         """(n, 3, h, w) in [-1, 1] -> (n, 2 z, h / f, w / f)."""
         return self.quant_conv(self.encoder(x))
 
-    def decode(self, z: Tensor, **kwargs: Any) -> Tensor:
-        """(n, z, h / f, w / f) -> (n, 3, h, w)."""
-        return self.decoder(self.post_quant_conv(z), **kwargs)
+    def decode(self, z: Tensor, decoder: nn.Module | None = None, **kwargs: Any) -> Tensor:
+        """(n, z, h / f, w / f) -> (n, 3, h, w); see :meth:`AutoencodingEngine.decode`."""
+        return super().decode(self.post_quant_conv(z), decoder, **kwargs)
 
 
 class AutoencoderKLModeOnly(AutoencoderKL):

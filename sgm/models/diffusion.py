@@ -118,13 +118,19 @@ class DiffusionEngine(nn.Module):
         """Scaled latents (n, z, h / f, w / f) of one clip -> frames (n, 3, h, w), about [-1, 1]."""
         return torch.cat(list(self.decode_chunks(z, self.en_and_decode_n_samples_a_time)))
 
-    def decode_chunks(self, z: Tensor, chunk: int | None = None) -> Iterator[Tensor]:
-        """As :meth:`decode_first_stage`, ``chunk`` frames after the other (None: all at once)."""
-        decoder = self.first_stage_model.decoder
-        dtype = next(decoder.parameters()).dtype
+    def decode_chunks(
+        self, z: Tensor, chunk: int | None = None, decoder: nn.Module | None = None
+    ) -> Iterator[Tensor]:
+        """As :meth:`decode_first_stage`, ``chunk`` frames after the other (None: all at once).
+
+        ``decoder`` is another form of the first stage's decoder to use instead.
+        """
+        plain = self.first_stage_model.decoder
+        chosen: Any = default(decoder, plain)
+        dtype: torch.dtype = chosen.norm_out.weight.dtype
         wide = torch.promote_types(z.dtype, dtype)  # a half type would round the division as well
         for part in (z.to(wide) / self.scale_factor).to(dtype).split(default(chunk, len(z))):
-            kwargs = {"timesteps": len(part)} if isinstance(decoder, VideoDecoder) else {}
+            kwargs = {"timesteps": len(part)} if isinstance(plain, VideoDecoder) else {}
             with torch.no_grad(), self._first_stage_autocast(z):
-                frames = self.first_stage_model.decode(part, **kwargs)
+                frames = self.first_stage_model.decode(part, decoder, **kwargs)
             yield frames.to(z.dtype)

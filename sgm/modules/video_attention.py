@@ -129,10 +129,14 @@ class SpatialVideoTransformer(nn.Module):
 
     def frame_positions(self, rows: int, num_frames: int, like: Tensor) -> Tensor:
         """Embedding of each row's frame number: (b t, 1, c)."""
+        table = self.time_pos_embed(self.frame_waves(num_frames, like))
+        return repeat(table, "t c -> (b t) 1 c", b=rows // num_frames)
+
+    def frame_waves(self, num_frames: int, like: Tensor) -> Tensor:
+        """Sinusoids of the frames' numbers, (t, c), in the type and on the device of ``like``."""
         frames = torch.arange(num_frames, device=like.device)
         waves = sinusoidal_embedding(frames, self.in_channels, self.max_time_embed_period)
-        table = self.time_pos_embed(waves.to(like.dtype))
-        return repeat(table, "t c -> (b t) 1 c", b=rows // num_frames)
+        return waves.to(like.dtype)
 
     def forward(
         self,

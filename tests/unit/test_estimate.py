@@ -88,7 +88,7 @@ def test_estimate_is_of_the_order_of_a_run(files):
     """Within a factor of ten of a run large enough to be bound by its arithmetic."""
     options = settings(files, num_frames=4, num_steps=3, height=192, width=192).options
     estimated = estimate_seconds(files, settings(files, **options.to_dict()))
-    pipeline = VideoPipeline.load(files, "cpu", "float32")
+    pipeline = VideoPipeline.load(files, SamplingOptions(device="cpu", dtype="float32"))
     picture = np.zeros((64, 64, 3), dtype=np.uint8)
     began = time.perf_counter()
     pipeline(picture, options)
@@ -111,7 +111,7 @@ def test_rates_are_plausible(files):
 def test_loading_is_reported_in_megabytes(files):
     """Caught: a total that is not reached, since unused parts count, and steps that go back."""
     seen: list[Progress] = []
-    VideoPipeline.load(files, "cpu", "float32", seen.append)
+    VideoPipeline.load(files, SamplingOptions(device="cpu", dtype="float32"), seen.append)
     assert {progress.stage for progress in seen} == {"loading"}
     steps = [progress.step for progress in seen]
     assert steps == sorted(steps)

@@ -10,6 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from sgm.modules.diffusionmodules.blending import mix_weight
 from sgm.modules.diffusionmodules.blocks import ResBlock
 from sgm.modules.diffusionmodules.layers import TemporalConv3d, kernel_3d
 from sgm.modules.diffusionmodules.model import Decoder, ResnetBlock
@@ -46,7 +47,7 @@ class VideoResnetBlock(ResnetBlock):
             return spatial
         clip = rearrange(spatial, "(b t) c h w -> b c t h w", t=timesteps)
         temporal = rearrange(self.time_stack(clip), "b c t h w -> (b t) c h w")
-        alpha = self.mix_factor.sigmoid() if self.learned else self.mix_factor
+        alpha = mix_weight(self.mix_factor, self.learned)
         return torch.lerp(spatial, temporal, alpha.to(spatial.dtype))
 
 

@@ -6,6 +6,11 @@ from torch import Tensor, nn
 MERGE_STRATEGIES = ("fixed", "learned", "learned_with_images")
 
 
+def mix_weight(factor: Tensor, learned: bool) -> Tensor:
+    """The weight in [0, 1] that a mix factor stands for: its sigmoid where it is learned."""
+    return factor.sigmoid() if learned else factor
+
+
 class AlphaBlender(nn.Module):
     """``alpha * spatial + (1 - alpha) * temporal`` with one ``alpha`` for all channels.
 
@@ -30,19 +35,18 @@ class AlphaBlender(nn.Module):
                 f"merge_strategy: expected one of {', '.join(MERGE_STRATEGIES)}; "
                 f"got {merge_strategy!r}"
             )
-        self.merge_strategy = merge_strategy
+        self.learned = merge_strategy != "fixed"
+        self.marks_images = merge_strategy == "learned_with_images"
         value = torch.tensor([alpha])
-        if merge_strategy == "fixed":
-            self.register_buffer("mix_factor", value)
-        else:
+        if self.learned:
             self.mix_factor = nn.Parameter(value)
+        else:
+            self.register_buffer("mix_factor", value)
 
     def alpha(self, image_only_indicator: Tensor | None) -> Tensor:
         """Weight of the spatial branch: shape (1,), or (b, t) where images are marked."""
-        if self.merge_strategy == "fixed":
-            return self.mix_factor
-        alpha = self.mix_factor.sigmoid()
-        if self.merge_strategy == "learned":
+        alpha = mix_weight(self.mix_factor, self.learned)
+        if not self.marks_images:
             return alpha
         if image_only_indicator is None:
             raise ValueError("merge_strategy 'learned_with_images' needs image_only_indicator")

@@ -5,6 +5,7 @@ and merges the two denoised estimates. Legend: ``b`` clips, ``t`` frames of a cl
 ``(b t)``.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -28,9 +29,18 @@ class Guider(ABC):
 
     Attributes:
         copies: how many times each row goes through the network.
+        interval: noise levels that are guided, (lowest, highest). Outside, the conditional estimate
+            stands alone and half of the rows are spared (Kynkaanniemi et al. 2024, arXiv
+            2404.07724, algorithm 1): an approximation of guidance at all levels, which is the rule.
     """
 
     copies = 1
+    interval = (0.0, math.inf)
+
+    def guides(self, sigma: float) -> bool:
+        """Whether there is guidance at this noise level."""
+        lowest, highest = self.interval
+        return lowest <= sigma <= highest
 
     def prepare_inputs(
         self, x: Tensor, s: Tensor, c: Cond, uc: Cond | None

@@ -211,11 +211,13 @@ class BaseDiffusionSampler(ABC):
         num_frames: int | None,
     ) -> Denoise:
         """Bind the guider to the denoiser; the conditioning is merged once, for all steps."""
-        merged = self.guider.prepare_cond(cond, uc)
+        merged, alone = self.guider.prepare_cond(cond, uc), dict(cond)
 
         def denoise(x: Tensor, sigma: float) -> Tensor:
             dtype = torch.promote_types(x.dtype, torch.float32)
             level = torch.full(x.shape[:1], sigma, dtype=dtype, device=x.device)
+            if not self.guider.guides(sigma):
+                return denoiser(x, level, alone)
             rows, levels = self.guider.prepare_rows(x, level)
             return self.guider(denoiser(rows, levels, merged), level, num_frames)
 

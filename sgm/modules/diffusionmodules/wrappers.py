@@ -26,7 +26,8 @@ class OpenAIWrapper(nn.Module):
 
         Args:
             x: (b t, z, h, w), scaled noisy latents.
-            t: (b t,), c_noise; stays in its type, since half precision would round it.
+            t: (b t,), or (1,) for all rows: c_noise; stays in its type, since half precision would
+                round it.
             c: ``concat`` (b t, z, h, w), ``crossattn`` (b t, k, d) and ``vector`` (b t, e); each
                 may be absent.
             kwargs: ``num_video_frames`` and ``image_only_indicator``.
@@ -41,4 +42,4 @@ class OpenAIWrapper(nn.Module):
         h = x.to(dtype)
         if concat is not None:
             h = torch.cat([h, concat], dim=1)
-        return self.diffusion_model(h, t, context, vector, **kwargs).to(x.dtype)
+        return self.diffusion_model(h, t.expand(len(h)), context, vector, **kwargs).to(x.dtype)

@@ -1,0 +1,216 @@
+"""The transformer over space and time, with everything gone that one context token makes constant.
+
+A softmax over one key is 1: cross-attention to a single token is ``to_out(to_v(token))`` at every
+position and in every step, so its norm, query, key and attention are never computed. What remains
+is one row per frame, added where the self-attention's output is.
+
+Shapes: b clips, t frames, n = b t rows, s = h w positions, c channels, k context tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from sgm import kernels
+from sgm.inference.optimized.layers import GroupNorm, Linear, Place, stored
+from sgm.inference.optimized.residual import spatial_weight
+from sgm.modules.attention import CrossAttention
+from sgm.modules.attention import FeedForward as PlainFeedForward
+from sgm.modules.video_attention import SpatialVideoTransformer
+
+# Channels times rows of a feed-forward that a CPU computes at once: its inside, eight times as
+# large, then stays in the cache.
+_CPU_ELEMENTS = 1 << 18
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What one transformer adds to its rows, the same in every step of a run.
+
+    Attributes:
+        spatial: (n, c) of each spatial block: its cross-attention.
+        temporal: (n, c) of each temporal block, or None for a block without cross-attention.
+        positions: (t, c): the embedding of the frames' numbers.
+    """
+
+    spatial: tuple[Tensor, ...]
+    temporal: tuple[Tensor | None, ...]
+    positions: Tensor
+
+
+class LayerNorm(nn.Module):
+    """A residual sum and its LayerNorm; see :func:`sgm.kernels.residual_layer_norm`."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, plain: nn.LayerNorm, place: Place) -> None:
+        super().__init__()
+        self.eps = plain.eps
+        self.register_buffer("weight", place(plain.weight))
+        self.register_buffer("bias", place(plain.bias))
+
+    def forward(
+        self, x: Tensor, delta: Tensor | None = None, shift: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(n, s, c) -> the sum and its norm, both (n, s, c)."""
+        return kernels.residual_layer_norm(x, delta, shift, self.weight, self.bias, self.eps)
+
+
+class Attention(nn.Module):
+    """Self-attention with query, key and value as one product."""
+
+    def __init__(self, plain: CrossAttention, place: Place) -> None:
+        super().__init__()
+        self.heads = plain.heads
+        self.qkv = Linear.joined([plain.to_q, plain.to_k, plain.to_v], place)
+        self.out = Linear.of(plain.to_out[0], place)
+
+    def over_space(self, x: Tensor) -> Tensor:
+        """Attend to the positions of a frame: (n, s, c) -> (n, s, c)."""
+        q, k, v = rearrange(self.qkv(x), "n s (p heads d) -> p n heads s d", p=3, heads=self.heads)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.out(rearrange(out, "n heads s d -> n s (heads d)"))
+
+    def over_time(self, x: Tensor, frames: int) -> Tensor:
+        """Attend to the frames of a position: (n, s, c) -> (n, s, c)."""
+        return self.out(kernels.temporal_attention(self.qkv(x), self.heads, frames))
+
+
+class FeedForward(nn.Module):
+    """GEGLU to four times the width and back, some rows at a time where that is quicker."""
+
+    def __init__(self, plain: PlainFeedForward, place: Place) -> None:
+        super().__init__()
+        gated: Any = plain.net[0]
+        self.widen, self.narrow = Linear.of(gated.proj, place), Linear.of(plain.net[2], place)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, s, c) -> (n, s, c)."""
+        tokens = x.flatten(0, 1)
+        rows = max(1, _CPU_ELEMENTS // x.shape[-1]) if x.device.type == "cpu" else len(tokens)
+        parts = [self.narrow(kernels.geglu(self.widen(part), None)) for part in tokens.split(rows)]
+        return (torch.cat(parts) if len(parts) > 1 else parts[0]).view_as(x)
+
+
+class SpatialBlock(nn.Module):
+    """Self-attention, cross-attention and feed-forward over the positions of one frame."""
+
+    def __init__(self, plain: Any, place: Place) -> None:
+        super().__init__()
+        self.norm1, self.norm3 = LayerNorm(plain.norm1, place), LayerNorm(plain.norm3, place)
+        self.attention = Attention(plain.attn1, place)
+        self.feed_forward = FeedForward(plain.ff, place)
+
+    def forward(self, x: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, s, c) -> two addends of the result, so that the next norm adds them up."""
+        attended = self.attention.over_space(self.norm1(x)[1])
+        x, normed = self.norm3(x, attended, cross)
+        return x, self.feed_forward(normed)
+
+
+class TemporalBlock(nn.Module):
+    """Feed-forward, self-attention, cross-attention, feed-forward over the frames of a position."""
+
+    def __init__(self, plain: Any, place: Place) -> None:
+        super().__init__()
+        self.norm_in = LayerNorm(plain.norm_in, place)
+        self.norm1, self.norm3 = LayerNorm(plain.norm1, place), LayerNorm(plain.norm3, place)
+        self.feed_forward_in = FeedForward(plain.ff_in, place)
+        self.attention = Attention(plain.attn1, place)
+        self.feed_forward = FeedForward(plain.ff, place)
+
+    def forward(
+        self, x: Tensor, delta: Tensor, positions: Tensor, cross: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """From the two addends of the spatial result to three parts of the blend.
+
+        Args:
+            x: (n, s, c).
+            delta: (n, s, c).
+            positions: (t, c).
+            cross: (n, c), or None.
+
+        Returns:
+            ``x + delta + positions``, and two addends of the temporal result.
+        """
+        start, normed = self.norm_in(x, delta, positions)
+        x, normed = self.norm1(start, self.feed_forward_in(normed))
+        attended = self.attention.over_time(normed, len(positions))
+        x, normed = self.norm3(x, attended, cross)
+        return start, x, self.feed_forward(normed)
+
+
+class Transformer(nn.Module):
+    """Blocks over space, each followed by one over time and blended with it.
+
+    Args:
+        plain: the layer.
+        place: see :mod:`sgm.inference.optimized.layers`.
+    """
+
+    def __init__(self, plain: SpatialVideoTransformer, place: Place) -> None:
+        super().__init__()
+        self.norm = GroupNorm(plain.norm, place, silu=False)
+        self.proj_in, self.proj_out = (
+            Linear.of(layer, place) for layer in (plain.proj_in, plain.proj_out)
+        )
+        self.spatial = nn.ModuleList(
+            SpatialBlock(block, place) for block in plain.transformer_blocks
+        )
+        self.temporal = nn.ModuleList(TemporalBlock(block, place) for block in plain.time_stack)
+        self.alpha = spatial_weight(plain.time_mixer)
+        self.marks_images = plain.time_mixer.marks_images
+
+    def forward(self, x: Tensor, rows: Rows, videos: Tensor | None = None) -> Tensor:
+        """Attend over space and time.
+
+        Args:
+            x: (n, h, w, c).
+            rows: of this transformer and run.
+            videos: (n,), 1 for frames of videos and 0 for single images, or None for videos alone.
+        """
+        alpha: float | Tensor = self.alpha
+        # The temporal branch begins with the frames' numbers, which the blend takes off again.
+        back = -self.alpha * rows.positions
+        if videos is not None and self.marks_images:
+            alpha = 1 - (1 - self.alpha) * videos
+            back = -alpha[:, None] * rows.positions.repeat(len(x) // len(rows.positions), 1)
+        tokens = self.proj_in(self.norm(x).flatten(1, 2))
+        blocks = zip(self.spatial, self.temporal, rows.spatial, rows.temporal, strict=True)
+        for spatial, temporal, cross, cross_time in blocks:
+            start, end, delta = temporal(*spatial(tokens, cross), rows.positions, cross_time)
+            tokens = kernels.blend(start, end, delta, back.to(start.dtype), alpha)
+        return self.proj_out(tokens).view_as(x).add_(x)
+
+
+def transformer_rows(
+    plain: SpatialVideoTransformer, place: Place, context: Tensor, frames: int
+) -> Rows:
+    """What a run adds in a transformer, from its one context token.
+
+    Args:
+        plain: the layer as stored; its weights are placed for the moment.
+        place: see :mod:`sgm.inference.optimized.layers`.
+        context: (n, 1, c_context).
+        frames: t.
+    """
+
+    def cross(block: nn.Module, token: Tensor) -> Tensor:
+        attention: Any = block.attn2
+        return stored(attention.to_out[0], place, stored(attention.to_v, place, token[:, 0]))
+
+    def cross_time(block: nn.Module) -> Tensor | None:
+        if not block.has_cross_attention:
+            return None
+        return cross(block, context[::frames]).repeat_interleave(frames, dim=0)
+
+    return Rows(
+        spatial=tuple(cross(block, context) for block in plain.transformer_blocks),
+        temporal=tuple(cross_time(block) for block in plain.time_stack),
+        positions=stored(plain.time_pos_embed, place, plain.frame_waves(frames, context)),
+    )
