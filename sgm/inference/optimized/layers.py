@@ -25,7 +25,9 @@ _onednn: Any = torch.ops.mkldnn
 
 
 class Linear(nn.Module):
-    """A linear layer; on a CPU with its weight laid out for oneDNN once, not in every call.
+    """A linear layer.
+
+    On a CPU the weight is laid out for oneDNN in the first call, and no more in the others.
 
     Args:
         weight: (c_out, c_in), placed.
@@ -37,10 +39,8 @@ class Linear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.packed = _packs(weight)
-        self.register_buffer(
-            "weight", _onednn._reorder_linear_weight(weight) if self.packed else weight
-        )
+        self.packed: bool | None = None
+        self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
 
     @classmethod
@@ -57,6 +57,10 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., c_in) -> (..., c_out)."""
+        if self.packed is None:
+            self.packed = _packs(self.weight)
+            if self.packed:
+                self.weight = _onednn._reorder_linear_weight(self.weight)
         if self.packed:
             return _onednn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)
@@ -65,7 +69,7 @@ class Linear(nn.Module):
 class Convolution(nn.Module):
     """A convolution over height and width of (n, h, w, c).
 
-    On a CPU the weight is laid out for oneDNN in the first call, when the size is known.
+    On a CPU the weight is laid out for oneDNN in the first call, and no more in the others.
 
     Args:
         weight: (c_out, c_in, k_h, k_w), placed.
@@ -81,9 +85,9 @@ class Convolution(nn.Module):
         self, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: Pair = (1, 1)
     ) -> None:
         super().__init__()
-        self.packs, self.packed = _packs(weight), False
+        self.packed: bool | None = None
         self.stride, self.padding = (stride, stride), padding
-        self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last))
+        self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
 
     @classmethod
@@ -95,19 +99,20 @@ class Convolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, h, w, c_in) -> (n, h', w', c_out)."""
-        image = x.permute(0, 3, 1, 2)
-        if not self.packs:
-            out = F.conv2d(image, self.weight, self.bias, self.stride, self.padding)
-        else:
-            geometry = (self.padding, self.stride, (1, 1), 1)
-            if not self.packed:
-                self.weight = _onednn._reorder_convolution_weight(
-                    self.weight, *geometry, list(image.shape)
-                )
-                self.packed = True
+        image, geometry = x.permute(0, 3, 1, 2), (self.padding, self.stride, (1, 1), 1)
+        if self.packed is None:
+            self.packed = _packs(self.weight)
+            if self.packed:
+                size = list(image.shape)
+                self.weight = _onednn._reorder_convolution_weight(self.weight, *geometry, size)
+            else:
+                self.weight = self.weight.contiguous(memory_format=torch.channels_last)
+        if self.packed:
             out = _onednn._convolution_pointwise(
                 image, self.weight, self.bias, *geometry, "none", [], ""
             )
+        else:
+            out = F.conv2d(image, self.weight, self.bias, self.stride, self.padding)
         return out.permute(0, 2, 3, 1).contiguous()
 
 
