@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sgm.checkpoint.identify import identify
 from sgm.checkpoint.opening import open_native
+from sgm.checkpoint.source import each
 from sgm.util import counted
 
 logger = logging.getLogger(__name__)
@@ -117,8 +118,9 @@ def load_checkpoint(
 
     Parameters and buffers are replaced (``requires_grad`` is kept), so make optimizers afterwards.
     Without ``dtype`` and ``device`` they are views of the mapped files, read when first used, but
-    for the few that another layout packs, computes or holds once for two. The values are therefore
-    not looked at here: `scripts/convert.py` finds those that are not finite, and so does sampling.
+    for those that another layout packs, computes, holds once for two or does not align (half of
+    MindSpore's): several threads copy these. The values are therefore not looked at here:
+    `scripts/convert.py` finds those that are not finite, and so does sampling.
 
     A part that nothing uses (the condition autoencoder's decoder) is taken out of the model where
     the file lacks it, so that the model's state dict holds no invented values.
@@ -145,7 +147,7 @@ def load_checkpoint(
     for part in report.absent:
         parent, _, name = part.rpartition(".")
         setattr(model.get_submodule(parent), name, None)
-    placed = {key: _place(source.view(key), dtype, device) for key in report.loaded}
+    placed = each(lambda key: _place(source.view(key), dtype, device), report.loaded)
     _separate(placed)
     model.load_state_dict(model.state_dict() | placed, strict=True, assign=True)
     _require_material(model, path)

@@ -7,8 +7,10 @@ published architecture.
 import gzip
 import io
 import json
+import os
 import random
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from safetensors.torch import save_file
 from sgm.checkpoint import open_checkpoint, open_native, read_state_dict
 from sgm.checkpoint.mindspore_file import write_mindspore
 from sgm.checkpoint.opening import convert
+from sgm.checkpoint.source import each
 from sgm.convert import detect
 from sgm.convert.mindspore import mindspore_name, native_name
 
@@ -101,6 +104,53 @@ def test_parts_are_written_where_a_tensor_is_too_large(
         write_mindspore(file, {"x": x.to("meta")}, [x])
     assert (tmp_path / "x.ckpt").read_bytes().count(b"Float32") == 4
     assert torch.equal(read_state_dict(tmp_path / "x.ckpt")["x"], x)
+
+
+@pytest.mark.parametrize(
+    "positioned",
+    [
+        pytest.param(True, marks=pytest.mark.skipif(not hasattr(os, "preadv"), reason="Windows")),
+        False,
+    ],
+)
+def test_threads_that_copy_from_one_file_do_not_disturb_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, positioned: bool
+):
+    # Catches: one position of the file for all threads (Windows cannot read without it, so there
+    # they have to wait for each other); results in the order in which threads finish; and a tensor
+    # that the system reads in several goes (as it does those of more than 2 GB) put together wrong.
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    if positioned:
+        preadv = os.preadv
+        monkeypatch.setattr(os, "preadv", lambda file, x, at: preadv(file, [x[0][:40_000]], at))
+    else:
+        monkeypatch.delattr(os, "preadv", raising=False)
+    tensors = {f"x{n:03}": (torch.arange(50_000 + n) % 997 + n).half() for n in range(200)}
+    path = tmp_path / "x.ckpt"
+    with path.open("wb") as file:
+        write_mindspore(file, tensors, tensors.values())
+    names = list(reversed(tensors))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        made = each(open_checkpoint(path).view, names)
+    finally:
+        sys.setswitchinterval(interval)
+    assert list(made) == names
+    assert all(torch.equal(made[name], tensors[name]) for name in names)
+    assert all(value.data_ptr() % 2 == 0 for value in made.values())
+
+
+def test_a_thread_that_fails_ends_the_loading(tmp_path: Path):
+    # Catches: an exception that stays in its thread, and a tensor of rubbish.
+    path = tmp_path / "x.ckpt"
+    x = torch.arange(5_000).half()
+    with path.open("wb") as file:
+        write_mindspore(file, {"x": x, "yy": x}, [x, x])  # one of them is not aligned
+    source = open_checkpoint(path)
+    os.truncate(path, 8)
+    with pytest.raises(ValueError, match="became shorter while it was being read"):
+        each(source.read, ["x", "yy"])
 
 
 def test_damage_is_a_value_error_or_still_tensors(tmp_path: Path):
