@@ -48,7 +48,7 @@ def start_ours(path: Path, optimize: str = "none") -> Iterator[Any]:
     pipeline = VideoPipeline.from_spec(
         MODEL, ckpt_path=path, device="cpu", dtype="float16", optimize=optimize
     )
-    network, decoder = pipeline.networks.network, pipeline.networks.decoder
+    network, decoder = pipeline.placement.network, pipeline.placement.decoder
     modules = [getattr(network, "unet", network), decoder]
     for embedder in pipeline.engine.conditioner.embedders:
         autoencoder = getattr(embedder, "encoder", None)  # its decoder is not used

@@ -52,7 +52,7 @@ def reconstruct(pipeline: "VideoPipeline", picture: Frames, frames: int) -> Fram
     with torch.no_grad():
         encode = conditioner.embedders[conditioner.input_keys.index("cond_frames")]
         latent = engine.scale_factor * encode(x.to(pipeline.device))
-    chunks = engine.decode_chunks(latent.repeat(frames, 1, 1, 1), None, pipeline.networks.decoder)
+    chunks = engine.decode_chunks(latent.repeat(frames, 1, 1, 1), None, pipeline.placement.decoder)
     return to_bytes(next(chunks)[0])
 
 

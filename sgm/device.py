@@ -1,5 +1,6 @@
 """Which devices there are, what they are called, and what they are fast in; imports torch alone."""
 
+import ctypes
 import platform
 import re
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ _BFLOAT16_UNITS = frozenset(("avx512_bf16", "amx_bf16", "bf16", "svebf16"))
 
 # What PyTorch and its libraries say in errors that are plain RuntimeErrors on some devices.
 _OUT_OF_MEMORY = re.compile("out of memory|not enough memory|allocate memory|ALLOC_FAILED")
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
 def default_device() -> torch.device:
@@ -52,6 +55,20 @@ def memory_errors(advice: str) -> Iterator[None]:
         if not known and not _OUT_OF_MEMORY.search(str(error)):
             raise
         raise MemoryError(f"out of memory: {advice}") from error
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep large pieces of memory that are freed, for the next tensors.
+
+    glibc gives pieces of more than 32 MB back to the system at once, and the page faults of the
+    next one take longer than many an operation on a CPU. For whole programs that sample on a CPU:
+    the process stays as large as it ever was. Does nothing with another C library.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    library = ctypes.CDLL(None)
+    library.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+    library.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def device_name(device: torch.device) -> str:

@@ -14,9 +14,9 @@ from PIL import ImageColor
 
 from sgm.config import check_types
 from sgm.device import default_device, parse_device
+from sgm.inference.dtypes import default_dtype
 from sgm.inference.estimate import announcement
 from sgm.inference.files import PICTURE_SUFFIXES
-from sgm.inference.memory import default_dtype
 from sgm.inference.options import GROUPS, Option, SamplingOptions, expected, option_fields
 from sgm.inference.pictures import Picture, isolate_object, load_picture, native_size
 from sgm.inference.pipeline import Callback, Progress, VideoPipeline, video_seeds
@@ -38,11 +38,12 @@ def load_pipeline(
     modified: int,  # noqa: ARG001 - part of the key
     device: str | None,
     dtype: str | None,
-    optimize: str,
+    optimize: str | None,
+    memory: str | None,
     _callback: Callback,  # Streamlit leaves names with an underscore out of the key
 ) -> VideoPipeline:
     """The pipeline, loaded anew where the YAML differs or the weights were ``modified`` since."""
-    options = SamplingOptions(device=device, dtype=dtype, optimize=optimize)
+    options = SamplingOptions(device=device, dtype=dtype, optimize=optimize, memory=memory)
     return VideoPipeline.load(files, options, _callback)
 
 
@@ -155,7 +156,7 @@ def sample(
             st.write(about)
         modified = max(file.stat().st_mtime_ns for file in files.weight_files())
         callback = progress_bars()
-        how = (options.device, options.dtype, options.optimize)
+        how = (options.device, options.dtype, options.optimize, options.memory)
         pipeline = load_pipeline(files, modified, *how, callback)
         status.update(label=f"Sampling with {spec.name} on {pipeline.device}", expanded=True)
         made = pipeline(picture, options, callback=callback)

@@ -86,6 +86,7 @@ def run(request: Request) -> int:
 def load(job: Job, line: ProgressLine | None) -> "VideoPipeline":
     """Load the model; before that, say how long things will take."""
     from sgm.config import check_types
+    from sgm.device import keep_freed_memory
     from sgm.inference.estimate import announcement, reading_seconds
     from sgm.inference.pipeline import VideoPipeline
 
@@ -97,6 +98,8 @@ def load(job: Job, line: ProgressLine | None) -> "VideoPipeline":
     if line:
         reading = duration(reading_seconds(job.files.weight_files()))
         line.show(f"loading {job.files.checkpoint.name}, about {reading}")
+    if options.device == "cpu":
+        keep_freed_memory()
     return VideoPipeline.load(job.files, options, line)
 
 

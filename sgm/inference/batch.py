@@ -136,11 +136,12 @@ def _plan(request: Request) -> Job:
     check_video_size(format, *settings.size)
 
     from sgm.device import default_device, parse_device  # last: PyTorch takes longer than all above
-    from sgm.inference.memory import default_dtype
+    from sgm.inference.dtypes import default_dtype
 
     device = parse_device(options.device) if options.device else default_device()
     dtype = options.dtype or default_dtype(device)
-    decided = {"device": str(device), "dtype": dtype}
+    optimize = options.optimize or "exact"
+    decided = {"device": str(device), "dtype": dtype, "optimize": optimize}
     return Job(
         files,
         replace(settings, options=settings.options.replace(**decided)),

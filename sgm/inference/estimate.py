@@ -18,9 +18,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sgm.device import memory_errors
-from sgm.inference.memory import decoder_dtype
+from sgm.inference.dtypes import decoder_dtype
 from sgm.inference.progress import duration
-from sgm.inference.settings import GUIDER_TARGETS, SAMPLER_TARGETS, ModelFiles, Settings
+from sgm.inference.settings import SAMPLER_TARGETS, ModelFiles, Settings, guidance_halves
 from sgm.modules.autoencoding.temporal_ae import VideoDecoder
 from sgm.util import instantiate_from_config
 
@@ -55,7 +55,7 @@ def announcement(files: ModelFiles, settings: Settings, videos: int) -> str | No
 def estimate_seconds(files: ModelFiles, settings: Settings) -> float:
     """Seconds that one video will take on the device and in the type of ``settings``."""
     device, dtype = torch.device(str(settings.options.device)), _dtype(settings)
-    decoding = decoder_dtype(device, dtype, settings.options.optimize)
+    decoding = decoder_dtype(device, dtype, settings.options.optimize or "exact")
     network, decoder = count_flops(files, settings)
     rates = {each: matmul_rate(device, each) for each in {dtype, decoding}}
     return (network / rates[dtype] + decoder / rates[decoding]) / EFFICIENCY
@@ -93,11 +93,9 @@ def count_flops(files: ModelFiles, settings: Settings) -> tuple[float, float]:
 
 def network_calls(settings: Settings) -> int:
     """How often the U-Net sees a whole clip: steps, times solver stages, times guidance halves."""
-    sampler = settings.sampler_config
-    guider = (sampler["params"].get("guider_config") or {}).get("target")
-    halves = 1 if guider in (None, GUIDER_TARGETS["none"]) else 2
     steps = settings.options.num_steps or 0
-    return steps * _CALLS_PER_STEP.get(sampler["target"], 1) * halves
+    calls = _CALLS_PER_STEP.get(settings.sampler_config["target"], 1)
+    return steps * calls * guidance_halves(settings)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

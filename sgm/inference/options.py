@@ -17,6 +17,7 @@ from typing import Any, Self
 GUIDANCE_SHAPES = ("constant", "linear", "triangle", "trapezoid", "none")
 SAMPLERS = ("euler", "heun", "euler_ancestral", "dpmpp_2s_ancestral", "dpmpp_2m", "lms", "lcm")
 OPTIMIZATIONS = ("none", "exact", "fast")
+MEMORY_MODES = ("auto", "high", "low", "min")
 DTYPES = ("float32", "float16", "bfloat16")
 FITS = ("cover", "contain", "stretch")
 OUTPUTS = ("frames", "numpy", "tensor", "latents")
@@ -135,12 +136,19 @@ class SamplingOptions:
     device: str | None = _option(
         "device", "Where to compute.", group="expert", unset="the fastest there is"
     )
-    optimize: str = _choice(
+    optimize: str | None = _choice(
         "Networks as written (none), the same numbers from less work (exact), or also two "
         "approximations: deep features serve two steps, no guidance below noise level 0.3 (fast).",
         OPTIMIZATIONS,
         group="expert",
-        default="exact",
+        unset="exact",
+    )
+    memory: str | None = _choice(
+        "How much of a CUDA device to take: all at once (high), less and slower (low, min), or the "
+        "fastest that fits (auto).",
+        MEMORY_MODES,
+        group="expert",
+        unset="auto",
     )
     output: str = _choice(
         "What the pipeline returns: 8-bit frames, float arrays or tensors, or undecoded latents.",

@@ -5,7 +5,7 @@ video goes. Shapes: t frames, z latent channels, f downsampling factor, h height
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from sgm.checkpoint import load_checkpoint
 from sgm.device import default_device, memory_errors, parse_device
+from sgm.inference.budget import HIGH, MemoryPlan, next_smaller
 from sgm.inference.conditioning import embed, make_batch
-from sgm.inference.memory import FAST_GUIDED, decoder_dtype, default_dtype, place
+from sgm.inference.dtypes import decoder_dtype, default_dtype
 from sgm.inference.options import SamplingOptions
 from sgm.inference.pictures import (
     Picture,
@@ -29,7 +30,9 @@ from sgm.inference.pictures import (
     load_picture,
     native_size,
 )
+from sgm.inference.placement import FAST_GUIDED, Placement, choose_plan
 from sgm.inference.settings import ModelFiles, Settings, find_model, resolve
+from sgm.inference.tiling import decode_tiled
 from sgm.inference.videos import Video
 from sgm.models.diffusion import DiffusionEngine
 from sgm.util import instantiate_from_config
@@ -77,6 +80,7 @@ class VideoPipeline:
         device: where to compute; None for the fastest there is.
         dtype: type of the U-Net; None for the best that the device is fast in.
         optimize: ``none``, ``exact`` or ``fast``, see :class:`SamplingOptions`.
+        plan: how much of the model is on the device at once.
         callback: called while the weights go to the device; returning False ends that.
     """
 
@@ -87,6 +91,7 @@ class VideoPipeline:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         optimize: str = "exact",
+        plan: MemoryPlan = HIGH,
         callback: Callback | None = None,
     ) -> None:
         self.engine, self.files, self.spec = engine, files, files.spec
@@ -96,7 +101,7 @@ class VideoPipeline:
         def placed(done: int, total: int) -> None:
             _report(callback, Progress("loading", done // 10**6, max(1, total // 10**6)))
 
-        self.networks = place(engine, self.device, self.dtype, optimize, placed)
+        self.placement = Placement(engine, self.device, self.dtype, optimize, plan, placed)
 
     @classmethod
     def from_spec(
@@ -107,7 +112,8 @@ class VideoPipeline:
         ckpt_path: str | Path | None = None,
         device: str | None = None,
         dtype: str | torch.dtype | None = None,
-        optimize: str = "exact",
+        optimize: str | None = None,
+        memory: str | None = None,
     ) -> Self:
         """Load a named model.
 
@@ -124,13 +130,15 @@ class VideoPipeline:
                 Hugging Face hub, ``owner/name``, whose files are fetched if they are not here yet.
             device: such as ``cuda:1``; None for the fastest there is.
             dtype: ``float32``, ``float16`` or ``bfloat16``; None for the best that is fast.
-            optimize: ``none``, ``exact`` or ``fast``, see :class:`SamplingOptions`.
+            optimize: ``none``, ``exact`` or ``fast``, see :class:`SamplingOptions`; None for
+                ``exact``.
+            memory: ``auto``, ``high``, ``low`` or ``min``, see there; None for ``auto``.
 
         Raises:
             ValueError: unknown name, missing or unfit file, device that is not there, other type.
             MemoryError: the device is too small; the message says what to try.
         """
-        options = {"device": device, "dtype": dtype, "optimize": optimize}
+        options = {"device": device, "dtype": dtype, "optimize": optimize, "memory": memory}
         return cls.load(find_model(name, config, ckpt_path), SamplingOptions.from_dict(options))
 
     @classmethod
@@ -144,7 +152,8 @@ class VideoPipeline:
 
         Args:
             files: of the model.
-            options: of which ``device``, ``dtype`` and ``optimize`` matter here.
+            options: of which ``device``, ``dtype``, ``optimize`` and ``memory`` matter here, and
+                length and size of the video for ``auto``.
             callback: as in the constructor.
 
         Raises:
@@ -167,7 +176,11 @@ class VideoPipeline:
         ):
             overlay = files.checkpoint if files.base else None
             load_checkpoint(engine, files.base or files.checkpoint, overlay=overlay)
-            return cls(engine, files, target, number, asked.optimize, callback)
+            number, optimize = number or default_dtype(target), asked.optimize or "exact"
+            decided = asked.replace(device=str(target), dtype=number, optimize=optimize)
+            native = files.spec.height, files.spec.width
+            plan = choose_plan(engine, resolve(decided, files.config, files.spec, native))
+            return cls(engine, files, target, number, optimize, plan, callback)
 
     @property
     def latent_channels(self) -> int:
@@ -196,11 +209,11 @@ class VideoPipeline:
             raise ValueError(f"device is {self.device} in this pipeline, got {options.device}")
         if options.dtype and getattr(torch, options.dtype) != self.dtype:
             raise ValueError(f"dtype is {self.dtype} in this pipeline, got {options.dtype}")
-        if options.optimize != self.optimize:
+        if options.optimize not in (None, self.optimize):
             raise ValueError(
                 f"optimize is {self.optimize} in this pipeline, got {options.optimize}"
             )
-        decided = options.replace(device=str(self.device), dtype=self.dtype)
+        decided = options.replace(device=str(self.device), dtype=self.dtype, optimize=self.optimize)
         return settings_for(self.files, picture, decided)
 
     def _is_on(self, device: str) -> bool:
@@ -239,12 +252,37 @@ class VideoPipeline:
         picture = image if isinstance(image, Picture) else load_picture(image)
         picture = isolate_object(picture) if self.spec.orbit else picture
         options = options or SamplingOptions()
-        with memory_errors("try fewer or smaller frames, or a smaller --decoding_t"):
-            results = [
-                self._one(picture, options.replace(seed=seed), callback, noise, latents)
-                for seed in video_seeds(options)
-            ]
+        results = []
+        for seed in video_seeds(options):
+            run = (picture, options.replace(seed=seed), callback, noise, latents)
+            try:
+                results.append(self._in_memory(*run))
+            except MemoryError as error:
+                self._step_down(error)
+                results.append(self._in_memory(*run))
         return results[0] if len(results) == 1 else results
+
+    def _in_memory(self, *run: Any) -> Any:
+        """Make one video.
+
+        Raises:
+            MemoryError: the device is too small, with what to try.
+        """
+        with memory_errors("try --memory min, fewer or smaller frames, or a smaller --decoding_t"):
+            return self._one(*run)
+
+    def _step_down(self, error: MemoryError) -> None:
+        """Go on with the next smaller memory plan.
+
+        Raises:
+            MemoryError: there is none.
+        """
+        smaller = next_smaller(self.placement.plan)
+        if smaller is None or self.optimize == "none":
+            raise error
+        logger.warning("%s; going on with the memory plan %r", error, smaller.name)
+        del self.placement  # gives its memory back before the next is made
+        self.placement = Placement(self.engine, self.device, self.dtype, self.optimize, smaller)
 
     def _one(
         self,
@@ -311,7 +349,8 @@ class VideoPipeline:
 
         _report(callback, Progress("encoding", 0, 1))
         batch = make_batch(pixels, settings, aug_noise, self.device)
-        c, uc = embed(self.engine.conditioner, batch, frames)
+        with self.placement.running("encoding"):
+            c, uc = embed(self.engine.conditioner, batch, frames)
         _report(callback, Progress("encoding", 1, 1))
         sampler = instantiate_from_config(settings.sampler_config)
         if self.optimize == "fast":
@@ -321,42 +360,51 @@ class VideoPipeline:
             indicator = torch.zeros(len(x) // frames, frames, device=x.device)
             extra = {"num_video_frames": frames, "image_only_indicator": indicator}
             # All rows are at the same noise level, so one embedding serves them.
-            return self.engine.denoiser(self.networks.network, x, sigma[:1], cond, **extra)
+            return self.engine.denoiser(self.placement.network, x, sigma[:1], cond, **extra)
 
         def after_step(step: int, total: int, sigma: float, estimate: Tensor) -> None:
             _report(callback, Progress("sampling", step, total, sigma, estimate))
 
-        latents = sampler(
-            denoise,
-            x,
-            cond=c,
-            uc=uc,
-            num_steps=settings.options.num_steps,
-            num_frames=frames,
-            noise_fn=more_noise,
-            callback=after_step,
-        )
+        with self.placement.running("sampling"):
+            latents = sampler(
+                denoise,
+                x,
+                cond=c,
+                uc=uc,
+                num_steps=settings.options.num_steps,
+                num_frames=frames,
+                noise_fn=more_noise,
+                callback=after_step,
+            )
         if not torch.isfinite(latents).all():
             raise ValueError(_not_finite("latents", self.dtype))
         return latents
 
     def _decode(self, latents: Tensor, settings: Settings, callback: Callback | None) -> Tensor:
         """Frames (t, 3, h, w) in [-1, 1], float32 on the CPU."""
-        parts: list[Tensor] = []
-        total, done = len(latents), 0
+        z, total = latents.to(self.device, torch.float32), len(latents)
         _report(callback, Progress("decoding", 0, total))
-        for part in self.engine.decode_chunks(
-            latents.to(self.device, torch.float32),
-            settings.options.decoding_t,
-            self.networks.decoder,
-        ):
-            if not torch.isfinite(part).all():
-                dtype = decoder_dtype(self.device, self.dtype, self.optimize)
-                raise ValueError(_not_finite("decoded frames", dtype))
-            parts.append(self._crop(part, settings).clamp(-1, 1).float().cpu())
-            done += len(part)
-            _report(callback, Progress("decoding", done, total))
+        parts: list[Tensor] = []
+        with self.placement.running("decoding"):
+            for part in self._decoded_parts(z, settings):
+                if not torch.isfinite(part).all():
+                    dtype = decoder_dtype(self.device, self.dtype, self.optimize)
+                    raise ValueError(_not_finite("decoded frames", dtype))
+                parts.append(self._crop(part, settings).clamp(-1, 1).float().cpu())
+                _report(callback, Progress("decoding", sum(map(len, parts)), total))
         return torch.cat(parts)
+
+    def _decoded_parts(self, z: Tensor, settings: Settings) -> Iterator[Tensor]:
+        """The frames, as many at once as the memory plan and ``decoding_t`` say."""
+        tiling, decoder = self.placement.plan.decode_chunk, self.placement.decoder
+        if tiling is None or len(z) <= (tiling.frames or len(z)):
+            yield from self.engine.decode_chunks(z, settings.options.decoding_t, decoder)
+            return
+
+        def decode(part: Tensor) -> Tensor:
+            return next(self.engine.decode_chunks(part, None, decoder))
+
+        yield decode_tiled(decode, z, self.downsampling, tiling)
 
 
 def settings_for(files: ModelFiles, picture: Picture, options: SamplingOptions) -> Settings:

@@ -188,6 +188,12 @@ class Settings:
         return cast(int, self.options.height), cast(int, self.options.width)
 
 
+def guidance_halves(settings: Settings) -> int:
+    """How many clips go through the network for one video: two with guidance."""
+    guider = (settings.sampler_config["params"].get("guider_config") or {}).get("target")
+    return 1 if guider in (None, GUIDER_TARGETS["none"]) else 2
+
+
 def resolve(
     options: SamplingOptions, config: Config, spec: ModelSpec, size: tuple[int, int]
 ) -> Settings:

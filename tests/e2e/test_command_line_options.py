@@ -150,7 +150,7 @@ def test_results_are_tensors_that_autograd_takes(pipeline, output):
 @pytest.mark.parametrize("dtype", ["foo", "float64", torch.float64])
 def test_another_type_is_refused_before_anything_is_looked_at(pipeline, dtype):
     with pytest.raises(ValueError, match="dtype must be one of float32, float16, bfloat16, got"):
-        VideoPipeline.load(pipeline.files, "cpu", dtype)
+        VideoPipeline.from_spec("svd_tiny", dtype=dtype)
 
 
 @pytest.mark.parametrize(

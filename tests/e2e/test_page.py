@@ -91,7 +91,7 @@ def test_every_widget_reaches_the_frames(page):
         "motion_bucket_id": 200, "min_guidance": 1.5, "max_guidance": 4.0, "fit": "contain",
         "background": "#336699", "videos_per_image": 2, "guidance_shape": "triangle",
         "sampler": "heun", "cond_aug": 0.125, "fps_id": 20, "decoding_t": 1, "dtype": "float32",
-        "device": "cpu", "optimize": "none",
+        "device": "cpu", "optimize": "none", "memory": "high",
     }  # fmt: skip
     widgets = widgets_of(page)
     assert asked.keys() == widgets.keys() - {"version"}

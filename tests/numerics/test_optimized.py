@@ -21,6 +21,7 @@ from sgm.inference.optimized.layers import (
     TemporalConvolution,
     UpsampleConvolution,
 )
+from sgm.inference.optimized.scaling import FLOAT16_SCALE, scale_stream
 from sgm.inference.optimized.transformer import transformer_rows
 from sgm.inference.optimized.unet import OptimizedUNet
 from sgm.inference.specs import ROOT
@@ -53,6 +54,10 @@ NETWORKS = {
 
 def double(x: Tensor) -> Tensor:
     return x.detach().double()
+
+
+def half(x: Tensor) -> Tensor:
+    return x.detach().half()
 
 
 def wrapped(**changes) -> OpenAIWrapper:
@@ -226,6 +231,41 @@ def test_the_video_decoder(merge, skip_video):
     assert relative_error(out, expected) < EXACT
 
 
+def video_decoder() -> VideoDecoder:
+    params = recorded_config().first_stage_config.params.decoder_config.params
+    return filled(VideoDecoder(**(dict(params) | {"video_kernel_size": [3, 1, 1]})))
+
+
+@pytest.mark.parametrize("scale", [1 / 32, 2.0**10])
+def test_a_scaled_residual_stream(scale):
+    """Catches: a layer that writes to the stream unscaled, a norm with the old epsilon.
+
+    A power of two, so that not even the rounding differs.
+    """
+    plain, z = video_decoder().double(), noise("z", N, 4, 4, 6).double()
+    before = {key: value.clone() for key, value in plain.state_dict().items()}
+    with torch.inference_mode():
+        assert (
+            relative_error(scale_stream(plain, scale)(z, timesteps=T), plain(z, timesteps=T)) == 0
+        )
+    assert all(torch.equal(before[key], value) for key, value in plain.state_dict().items())
+
+
+def test_float16_holds_a_loud_decoder():
+    """Catches: black frames. This stream exceeds 65504, the end of float16.
+
+    The bound is twice what float16 makes of a decoder whose stream is small (0.0026).
+    """
+    quiet, z = video_decoder(), noise("z", N, 4, 4, 6)
+    loud = scale_stream(quiet, 2.0**14)
+    with torch.inference_mode():
+        expected = quiet(z, timesteps=T)
+        assert relative_error(loud(z, timesteps=T), expected) < 1e-5
+        assert not OptimizedDecoder(loud, half)(z.half(), timesteps=T).isfinite().all()
+        scaled = OptimizedDecoder(scale_stream(loud, FLOAT16_SCALE), half)
+        assert relative_error(scaled(z.half(), timesteps=T), expected) < 5e-3
+
+
 @pytest.mark.parametrize("changes", [{}, {"attn_type": "none", "tanh_out": True}])
 def test_the_image_decoder(changes):
     """Catches: a decoder without time layers taken for one that has them."""
@@ -244,7 +284,7 @@ def test_pipelines_with_and_without_give_the_same_frames():
         pipeline = VideoPipeline.from_spec(
             "svd_tiny", device="cpu", dtype="float32", optimize=level
         )
-        assert isinstance(pipeline.networks.network, OptimizedNetwork) == (level == "exact")
+        assert isinstance(pipeline.placement.network, OptimizedNetwork) == (level == "exact")
         asked = options.replace(optimize=level, output="tensor")
         frames[level] = pipeline(ROOT / "assets" / "sample.jpg", asked)
     assert relative_error(frames["exact"], frames["none"]) < 1e-5

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from sgm.inference import SamplingOptions, VideoPipeline
-from sgm.inference.memory import default_dtype
+from sgm.inference.dtypes import default_dtype
 from sgm.inference.specs import ROOT
 
 HALF_TYPES = ("float16", "bfloat16")

@@ -55,12 +55,16 @@ class Linear(nn.Module):
         biases = [place(cast(Tensor, layer.bias)) for layer in layers if layer.bias is not None]
         return cls(_cat(weights), _cat(biases) if biases else None)
 
+    def lay_out(self, for_cpu: bool) -> None:
+        """Lay the weight out as the device that will compute likes it."""
+        self.packed = for_cpu and _packs(self.weight)
+        if self.packed:
+            self.weight = _onednn._reorder_linear_weight(self.weight)
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., c_in) -> (..., c_out)."""
         if self.packed is None:
-            self.packed = _packs(self.weight)
-            if self.packed:
-                self.weight = _onednn._reorder_linear_weight(self.weight)
+            self.lay_out(x.device.type == "cpu")
         if self.packed:
             return _onednn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)
@@ -97,19 +101,32 @@ class Convolution(nn.Module):
         padding = cast(Pair, plain.padding)
         return cls(place(plain.weight), bias, plain.stride[0], padding)
 
+    def lay_out(self, for_cpu: bool, size: Sequence[int] = ()) -> None:
+        """Lay the weight out as the device that will compute likes it.
+
+        Args:
+            for_cpu: whether that is a CPU.
+            size: (n, c_in, h, w) of the input, which a CPU's layout depends on.
+        """
+        self.packed = for_cpu and _packs(self.weight)
+        self.weight = (
+            _onednn._reorder_convolution_weight(self.weight, *self._geometry(), list(size))
+            if self.packed
+            else self.weight.contiguous(memory_format=torch.channels_last)
+        )
+
+    def _geometry(self) -> tuple[Pair, Pair, Pair, int]:
+        """Padding, stride, dilation and groups."""
+        return self.padding, self.stride, (1, 1), 1
+
     def forward(self, x: Tensor) -> Tensor:
         """(n, h, w, c_in) -> (n, h', w', c_out)."""
-        image, geometry = x.permute(0, 3, 1, 2), (self.padding, self.stride, (1, 1), 1)
+        image = x.permute(0, 3, 1, 2)
         if self.packed is None:
-            self.packed = _packs(self.weight)
-            if self.packed:
-                size = list(image.shape)
-                self.weight = _onednn._reorder_convolution_weight(self.weight, *geometry, size)
-            else:
-                self.weight = self.weight.contiguous(memory_format=torch.channels_last)
+            self.lay_out(x.device.type == "cpu", image.shape)
         if self.packed:
             out = _onednn._convolution_pointwise(
-                image, self.weight, self.bias, *geometry, "none", [], ""
+                image, self.weight, self.bias, *self._geometry(), "none", [], ""
             )
         else:
             out = F.conv2d(image, self.weight, self.bias, self.stride, self.padding)
@@ -217,6 +234,13 @@ class GroupNorm(nn.Module):
             silu=self.silu,
         )
         return out.view_as(x)
+
+
+def lay_out_for_accelerator(network: nn.Module) -> None:
+    """Lay the weights of a network that is on the host out for another device."""
+    for module in network.modules():
+        if isinstance(module, Linear | Convolution):
+            module.lay_out(for_cpu=False)
 
 
 def stored(plain: nn.Module, place: Place, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ Shapes: b clips, t frames, n = b t rows, s = h w positions, c channels, k contex
 """
 
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
@@ -82,7 +83,13 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU to four times the width and back, some rows at a time where that is quicker."""
+    """GEGLU to four times the width and back, some rows at a time where that is better.
+
+    Attributes:
+        pieces: that a device other than a CPU computes one after the other, to need less memory.
+    """
+
+    pieces = 1
 
     def __init__(self, plain: PlainFeedForward, place: Place) -> None:
         super().__init__()
@@ -92,8 +99,12 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(n, s, c) -> (n, s, c)."""
         tokens = x.flatten(0, 1)
-        rows = max(1, _CPU_ELEMENTS // x.shape[-1]) if x.device.type == "cpu" else len(tokens)
-        parts = [self.narrow(kernels.geglu(self.widen(part), None)) for part in tokens.split(rows)]
+        on_cpu = x.device.type == "cpu"
+        rows = _CPU_ELEMENTS // x.shape[-1] if on_cpu else ceil(len(tokens) / self.pieces)
+        parts = [
+            self.narrow(kernels.geglu(self.widen(part), None))
+            for part in tokens.split(max(1, rows))
+        ]
         return (torch.cat(parts) if len(parts) > 1 else parts[0]).view_as(x)
 
 

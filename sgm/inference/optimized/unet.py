@@ -26,7 +26,7 @@ from sgm.inference.optimized.layers import (
     stored,
 )
 from sgm.inference.optimized.residual import SpatioTemporal
-from sgm.inference.optimized.transformer import Rows, Transformer, transformer_rows
+from sgm.inference.optimized.transformer import FeedForward, Rows, Transformer, transformer_rows
 from sgm.modules.diffusionmodules.blocks import VideoResBlock
 from sgm.modules.diffusionmodules.layers import Upsample, sinusoidal_embedding
 from sgm.modules.diffusionmodules.video_model import Downsample, VideoUNet
@@ -103,6 +103,12 @@ class OptimizedUNet(nn.Module):
         self.outer = next((i for i, found in enumerate(down) if found), len(self.input_blocks))
         self.norm_out = GroupNorm(parts.out[0], place)
         self.conv_out = Convolution.of(last, place)
+
+    def split_feed_forwards(self, pieces: int) -> None:
+        """Have feed-forwards computed in so many pieces: the same numbers in less memory."""
+        for module in self.modules():
+            if isinstance(module, FeedForward):
+                module.pieces = pieces
 
     def condition(
         self,

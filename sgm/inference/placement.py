@@ -1,0 +1,220 @@
+"""The parts of a model on the device where they compute: all at once, or each for its stage."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sgm.inference.budget import HIGH, MemoryPlan, Stage, free_bytes, plan_memory
+from sgm.inference.dtypes import decoder_dtype, first_stage_dtype
+from sgm.inference.lockstep import DecoderInStep
+from sgm.inference.needs import Job, blocks_of, count_needs
+from sgm.inference.optimized import OptimizedDecoder, OptimizedNetwork, Place
+from sgm.inference.optimized.layers import lay_out_for_accelerator
+from sgm.inference.optimized.scaling import FLOAT16_SCALE, scale_stream
+from sgm.inference.optimized.unet import OptimizedUNet
+from sgm.inference.settings import Settings, guidance_halves
+from sgm.inference.streaming import Streamed, weight_bytes
+from sgm.models.diffusion import DiffusionEngine
+
+# The approximations of ``fast``, as measured on the bundled model (docs/performance.md).
+FAST_REUSE = 2
+FAST_GUIDED = (0.3, math.inf)
+
+Report = Callable[[int, int], None]
+
+
+class Placement:
+    """A loaded model, ready to compute under a memory plan.
+
+    The first stage's encoder and the condition autoencoder's decoder are not used: mapped from a
+    file, they are never read. Optimised networks are made of weights of their own; the engine's
+    stay as they are stored.
+
+    Args:
+        engine: with weights.
+        device: where to compute.
+        dtype: of the U-Net; the autoencoders may need a wider one.
+        optimize: ``none`` for the plain networks, ``exact`` for the optimised ones, ``fast`` for
+            those with deep features that serve :data:`FAST_REUSE` calls.
+        plan: what is on the device at once. Only CUDA devices have memory of their own, so
+            elsewhere nothing is moved between stages.
+        report: called with the bytes that are placed, and all that will be.
+
+    Attributes:
+        network: called as the engine's ``model``.
+        decoder: called as the first stage's ``decoder``.
+
+    Raises:
+        ValueError: a plan that plain networks do not have.
+    """
+
+    def __init__(
+        self,
+        engine: DiffusionEngine,
+        device: torch.device,
+        dtype: torch.dtype,
+        optimize: str = "exact",
+        plan: MemoryPlan = HIGH,
+        report: Report | None = None,
+    ) -> None:
+        if optimize == "none" and plan != HIGH:
+            raise ValueError(f"memory {plan.name} needs --optimize exact or fast, got none")
+        engine.eval().requires_grad_(False)
+        self.engine, self.device, self.plan = engine, device, plan
+        moves = plan.unload_between_stages and device.type == "cuda"
+        self._loading = _Loading(torch.device("cpu") if moves else device, report)
+        encoders = list(encoding_parts(engine, dtype))
+        decoding = decoder_dtype(device, dtype, optimize)
+        decoder: Any = engine.first_stage_model.decoder
+        # Around the decoder: the 1x1 convolution of the image autoencoder.
+        self._around = _without(engine.first_stage_model, "encoder", "decoder")
+        parts = [*encoders, *((part, decoding) for part in self._around)]
+        used = [engine.model, decoder, *(part for part, _ in parts)]
+        self._loading.total = sum(tensor.nbytes for part in used for tensor in _held(part))
+        for part, number in parts:
+            self._loading.bring(part, number)
+        self.network: Callable[..., Tensor] = engine.model
+        self.decoder: nn.Module = decoder
+        if optimize == "none":
+            self._loading.bring(engine.model, dtype)
+            self._loading.bring(decoder, decoding)
+        else:
+            self.network = self._make_network(dtype, FAST_REUSE if optimize == "fast" else 1)
+            self.decoder = self._make_decoder(decoding)
+        self._loading.finish(device)
+        self._stages = self._make_stages([part for part, _ in encoders]) if moves else {}
+
+    def _make_network(self, dtype: torch.dtype, reuse: int) -> OptimizedNetwork:
+        clips = 1 if self.plan.halves_in_turn else None
+        network = OptimizedNetwork(self.engine.model, self._loading.to(dtype), clips, reuse)
+        network.unet.split_feed_forwards(self.plan.feed_forward_chunks)
+        return network
+
+    def _make_decoder(self, dtype: torch.dtype) -> nn.Module:
+        decoder: Any = self.engine.first_stage_model.decoder
+        if dtype == torch.float16:
+            decoder = scale_stream(decoder, FLOAT16_SCALE)
+        if self.plan.decode_bands is None:
+            return OptimizedDecoder(decoder, self._loading.to(dtype))
+        self._loading.bring(decoder, dtype)
+        store = "cpu" if self.plan.park_on_host else None
+        return DecoderInStep(decoder, bands=self.plan.decode_bands, store=store)
+
+    def _make_stages(self, encoders: list[nn.Module]) -> dict[Stage, list[Streamed]]:
+        """For each stage, what brings its weights to the device."""
+        network: Any = self.network
+        unet = network.unet
+        for each in (unet, self.decoder):
+            lay_out_for_accelerator(each)
+        blocks = blocks_of(unet)
+        rest = [unet.embed, unet.shifts, unet.first, unet.norm_out, unet.conv_out]
+        resident = 0 if self.plan.stream_weights else sum(map(weight_bytes, blocks))
+        return {
+            "encoding": [self._whole(encoders)],
+            "sampling": [self._whole(rest), Streamed(blocks, self.device, resident)],
+            "decoding": [self._whole([self.decoder, *self._around])],
+        }
+
+    def _whole(self, modules: list[nn.Module]) -> Streamed:
+        return Streamed(modules, self.device, sum(map(weight_bytes, modules)))
+
+    @contextmanager
+    def running(self, stage: Stage) -> Iterator[None]:
+        """Have the weights of a stage on the device while the block runs."""
+        with ExitStack() as stack:
+            for streamed in self._stages.get(stage, []):
+                stack.enter_context(streamed)
+            yield
+
+
+def encoding_parts(
+    engine: DiffusionEngine, dtype: torch.dtype
+) -> Iterator[tuple[nn.Module, torch.dtype]]:
+    """What the conditioning is computed by, with its types."""
+    autoencoder_dtype = first_stage_dtype(dtype)
+    for embedder in engine.conditioner.embedders:
+        encoder = getattr(embedder, "encoder", None)
+        if isinstance(encoder, nn.Module):
+            yield from ((part, autoencoder_dtype) for part in _without(encoder, "decoder"))
+        else:
+            yield embedder, dtype
+
+
+def choose_plan(engine: DiffusionEngine, settings: Settings) -> MemoryPlan:
+    """The memory plan that a run's options ask for; for ``auto`` the fastest that fits.
+
+    Args:
+        engine: loaded, its weights wherever they are.
+        settings: of the run.
+    """
+    options = settings.options
+    device = torch.device(str(options.device))
+    mode = options.memory or "auto"
+    if mode == "auto" and (options.optimize == "none" or device.type != "cuda"):
+        return HIGH
+    dtype: torch.dtype = getattr(torch, str(options.dtype))
+    plain: Any = engine.model.diffusion_model
+    f = engine.first_stage_model.downsampling
+    unit = f * plain.downsampling
+    height, width = (ceil(side / unit) * plain.downsampling for side in settings.size)
+    job = Job(
+        frames=settings.frames,
+        size=(height, width),
+        clips=guidance_halves(settings),
+        decoding_t=options.decoding_t or settings.frames,
+        dtype=dtype,
+        wide=decoder_dtype(device, dtype, str(options.optimize)),
+    )
+
+    def make_network(plan: MemoryPlan) -> OptimizedUNet:
+        unet = OptimizedUNet(plain, partial(torch.Tensor.to, device="meta", dtype=dtype))
+        unet.split_feed_forwards(plan.feed_forward_chunks)
+        return unet
+
+    needs = count_needs(engine, job, list(encoding_parts(engine, dtype)), make_network)
+    return plan_memory(mode, free_bytes(device), needs)
+
+
+class _Loading:
+    """Brings tensors to a device, and reports how many bytes of them there are so far."""
+
+    def __init__(self, device: torch.device, report: Report | None) -> None:
+        self.device, self.report = device, report
+        self.done = self.total = 0
+
+    def to(self, dtype: torch.dtype) -> Place:
+        """A function that brings a tensor to the device and, if it is of numbers, this type."""
+
+        def place(tensor: Tensor) -> Tensor:
+            self.done += tensor.nbytes
+            if self.report:
+                self.report(min(self.done, self.total), self.total)
+            return tensor.detach().to(self.device, dtype if tensor.is_floating_point() else None)
+
+        return place
+
+    def bring(self, module: nn.Module, dtype: torch.dtype) -> None:
+        """Bring a module's own tensors."""
+        place = self.to(dtype)
+        for tensor in _held(module):
+            tensor.data = place(tensor)
+
+    def finish(self, device: torch.device) -> None:
+        """Report the end; what a run places later goes to the device at once, and silently."""
+        if self.report:
+            self.report(self.total, self.total)
+        self.device, self.report = device, None
+
+
+def _held(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _without(module: nn.Module, *unused: str) -> list[nn.Module]:
+    return [child for name, child in module.named_children() if name not in unused]

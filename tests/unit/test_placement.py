@@ -1,0 +1,99 @@
+"""Memory plans change where and in which pieces a video is computed, and not what it shows."""
+
+import logging
+
+import pytest
+import torch
+
+from sgm.inference import SamplingOptions, VideoPipeline
+from sgm.inference.budget import HIGH, LOW, MIN
+from sgm.inference.placement import choose_plan
+from sgm.inference.settings import resolve
+from sgm.inference.specs import ROOT
+
+PICTURE = ROOT / "assets" / "sample.jpg"
+OPTIONS = SamplingOptions(num_steps=2, output="tensor")
+
+
+def pipeline(**how) -> VideoPipeline:
+    return VideoPipeline.from_spec("svd_tiny", device="cpu", dtype="float32", **how)
+
+
+@pytest.fixture(scope="module")
+def expected() -> torch.Tensor:
+    return pipeline()(PICTURE, OPTIONS)
+
+
+def decibels(frames: torch.Tensor, expected: torch.Tensor) -> float:
+    return -10 * float((frames - expected).square().mean().log10())
+
+
+@pytest.mark.parametrize(("memory", "least"), [("high", 120), ("low", 45), ("min", 110)])
+def test_all_plans_show_the_same_video(expected, memory, least):
+    """Catches: a plan that is not taken, halves or pieces that get the rows of others.
+
+    ``low`` decodes in overlapped chunks, named an approximation; the others differ by the rounding
+    of float32 sums.
+    """
+    made = pipeline(memory=memory)
+    assert made.placement.plan.name == memory
+    assert decibels(made(PICTURE, OPTIONS), expected) >= least
+
+
+def test_the_options_of_the_whole_path_name_the_plan(expected):
+    """Catches: an option that only the constructor knows."""
+    options = OPTIONS.replace(memory="min", device="cpu", dtype="float32")
+    made = VideoPipeline.load(pipeline().files, options)
+    assert made.placement.plan == MIN
+    assert decibels(made(PICTURE, options), expected) >= 110
+
+
+def test_without_memory_the_next_plan_goes_on(expected, caplog):
+    """Catches: a step down that gives up, that is silent, or that goes on with half a video."""
+    made = pipeline()
+    used = made.placement.network
+    calls = []
+
+    def full(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return used(*args, **kwargs)
+
+    made.placement.network = full
+    with caplog.at_level(logging.WARNING):
+        frames = made(PICTURE, OPTIONS)
+    assert made.placement.plan.name == "unload"
+    assert "out of memory" in caplog.text
+    assert "'unload'" in caplog.text
+    assert decibels(frames, expected) >= 110
+
+
+@pytest.mark.parametrize("how", [{"memory": "min"}, {"optimize": "none"}])
+def test_the_last_plan_gives_up(how):
+    """Catches: an endless retry; a plan that the networks as written do not have."""
+    made = pipeline(**how)
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    made.placement.network = full
+    with pytest.raises(MemoryError, match="try --memory min, fewer or smaller frames"):
+        made(PICTURE, OPTIONS)
+
+
+def test_networks_as_written_have_one_plan():
+    with pytest.raises(ValueError, match="memory low needs --optimize exact or fast, got none"):
+        pipeline(memory="low", optimize="none")
+
+
+@pytest.mark.parametrize(
+    ("memory", "free", "plan"), [("auto", 1 << 40, HIGH), ("auto", 0, MIN), ("low", 0, LOW)]
+)
+def test_auto_takes_what_fits(monkeypatch, memory, free, plan):
+    """Catches: ``auto`` that does not look at the device, or counts for nothing on a CPU."""
+    made = pipeline()
+    options = SamplingOptions(device="cuda", dtype="float16", memory=memory, optimize="exact")
+    settings = resolve(options, made.files.config, made.spec, (64, 64))
+    monkeypatch.setattr("sgm.inference.placement.free_bytes", lambda _: free)
+    assert choose_plan(made.engine, settings) == plan
