@@ -1,6 +1,7 @@
 # make sample   a video from the bundled picture, by the best model that is there
 # make test     linters, types, layering, tests
 # make demo     the page in a browser
+# make bench    this project and diffusers side by side, at full width: minutes, 14 GB
 # Each of them first makes .venv, which is kept while requirements.lock is unchanged.
 # Another interpreter: make PYTHON=python3.12 test
 
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(firstword $(shell cksum < requirements.lock))
 UNFINISHED := $(VENV)/.unfinished
 
-.PHONY: venv sample demo lint format test lock clean
+.PHONY: venv sample demo bench lint format test lock clean
 
 venv: $(READY)
 
@@ -37,6 +38,9 @@ sample: venv
 
 demo: venv
 	$(BIN)/streamlit run scripts/demo/video_sampling.py
+
+bench: venv
+	$(BIN)/python scripts/benchmark.py --preset cpu --out benchmarks/results
 
 lint: venv
 	$(BIN)/ruff check .

@@ -2,8 +2,9 @@
 
     python scripts/measure_tiling.py --out benchmarks/results/tiling.json
 
-Decodes latents that the bundled model samples from the bundled picture, and those of real clips
-where a folder is named (``--clips``), with the model's trained temporal decoder. For every way of
+Decodes latents that the bundled model samples from the bundled picture, those of a camera that pans
+over it, and those of real clips where a folder is named (``--clips``), with the model's trained
+temporal decoder. For every way of
 splitting: PSNR against the whole decode (of the clip, and of its worst frame); the step across the
 edges of chunks and tiles, in units of the same step in the whole decode, beside the largest such
 ratio elsewhere; and how many pixels are decoded for one that is kept. Worst figures of all clips.
@@ -14,7 +15,8 @@ import json
 import platform
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from sgm.inference.tiling import Tiling
 
 ROOT = Path(__file__).resolve().parents[1]
+PICTURE = ROOT / "assets" / "sample.jpg"
 FRAMES, HEIGHT, WIDTH = 25, 128, 192
 STILL = 1e-3  # steps below this, of a range of 2, are no motion whose ratio would mean something
 
@@ -37,42 +40,49 @@ class Way:
     name: str
     decode: "Callable[[Tensor], Tensor]"
     frame_edges: list[int]
-    column_edges: list[int]
-    work: float
+    column_edges: list[int] = field(default_factory=list)
+    work: float = 1.0
 
 
 def ways(pipeline: "VideoPipeline", shape: tuple[int, ...]) -> Iterator[Way]:
     """All ways of decoding scaled latents of a shape (t, z, h, w)."""
-    from sgm.inference.lockstep import decode_in_step
+    import torch
+
+    from sgm.inference.lockstep import DecoderInStep
     from sgm.inference.tiling import Tiling, decode_tiled
 
     engine, f = pipeline.engine, pipeline.downsampling
-    t, _, _, w = shape
-
-    def whole(z: "Tensor") -> "Tensor":
-        return next(engine.decode_chunks(z))
+    t, _, h, w = shape
 
     def tiled(tiling: "Tiling") -> "Callable[[Tensor], Tensor]":
-        return lambda z: decode_tiled(whole, z, f, tiling)
+        return lambda z: decode_tiled(lambda part: next(engine.decode_chunks(part)), z, f, tiling)
 
-    for frames, overlap in ((8, 0), (4, 2), (6, 4), (8, 2), (8, 4), (10, 6), (12, 6)):
-        tiling = Tiling(frames, overlap)
+    def split(frames: int) -> "Callable[[Tensor], Tensor]":
+        return lambda z: torch.cat(list(engine.decode_chunks(z, frames)))
+
+    for frames in (8, 14):
+        yield Way(
+            f"chunks of {frames}, side by side", split(frames), list(range(frames, t, frames))
+        )
+    for frames, overlap in ((4, 2), (6, 4), (8, 2), (8, 4), (10, 6), (12, 6)):
         edges, work = edges_of(t, frames, overlap)
-        yield Way(f"chunks of {frames}, overlap {overlap}", tiled(tiling), edges, [], work)
+        way = tiled(Tiling(frames, overlap))
+        yield Way(f"chunks of {frames}, overlap {overlap}", way, edges, work=work)
     for side, overlap in ((16, 8), (24, 12)):
-        tiling = Tiling(None, 0, side, overlap)
-        edges, work = edges_of(w, side, overlap, f)
-        rows = edges_of(shape[2], side, overlap)[1]
-        name = f"tiles of {side}x{side}, overlap {overlap}"
-        yield Way(name, tiled(tiling), [], edges, work * rows)
+        columns, work = edges_of(w, side, overlap, f)
+        way = tiled(Tiling(None, 0, side, overlap))
+        name = f"tiles of {side}x{side} latents, overlap {overlap}"
+        yield Way(name, way, [], columns, work * edges_of(h, side, overlap)[1])
+    plain: Any = engine.first_stage_model.decoder
     for frames, bands in ((1, 1), (4, 4)):
+        decoder = DecoderInStep(plain, frames, bands)
+        way = partial(_decode_by, engine, decoder)
+        yield Way(f"in step, {frames} frames, {bands} bands", way, list(range(frames, t, frames)))
 
-        def in_step(z: "Tensor", frames: int = frames, bands: int = bands) -> "Tensor":
-            decoder = engine.first_stage_model.decoder
-            return decode_in_step(decoder, z / engine.scale_factor, frames, bands)
 
-        name = f"in step, {frames} frames, {bands} bands"
-        yield Way(name, in_step, list(range(frames, t, frames)), [], 1.0)
+def _decode_by(engine: Any, decoder: Any, z: "Tensor") -> "Tensor":
+    frames: Tensor = next(engine.decode_chunks(z, None, decoder))
+    return frames
 
 
 def edges_of(length: int, size: int, overlap: int, scale: int = 1) -> tuple[list[int], float]:
@@ -111,18 +121,35 @@ def _steps(video: "Tensor", dim: int) -> "Tensor":
 
 def clips(pipeline: "VideoPipeline", folder: Path | None) -> "Iterator[tuple[str, Tensor]]":
     """Names and scaled latents (t, z, h, w)."""
+    import torch
+
     from sgm.inference.options import SamplingOptions
+    from sgm.inference.pictures import fit_picture, load_picture
 
     options = SamplingOptions(
         output="latents", num_frames=FRAMES, height=HEIGHT, width=WIDTH, num_steps=15
     )
-    yield "sampled", pipeline(ROOT / "assets" / "sample.jpg", options)
+    yield "sampled", pipeline(PICTURE, options)
+    wide = fit_picture(load_picture(PICTURE), HEIGHT, 2 * WIDTH, "cover", "white")
+    starts = (round(k + WIDTH * (k / FRAMES) ** 2 / 2) for k in range(FRAMES))
+    pan = torch.stack([wide[:, :, start : start + WIDTH] for start in starts])
+    yield "camera that pans", encode(pipeline, pan)
     for path in sorted(folder.iterdir()) if folder else ():
-        yield path.stem, encode(pipeline, path)
+        yield path.stem, encode(pipeline, read_clip(path))
 
 
-def encode(pipeline: "VideoPipeline", path: Path) -> "Tensor":
-    """Scaled latents of the first frames of a real video."""
+def encode(pipeline: "VideoPipeline", frames: "Tensor") -> "Tensor":
+    """Frames (t, 3, h, w) in [-1, 1] -> scaled latents (t, z, h / f, w / f)."""
+    import torch
+
+    engine = pipeline.engine
+    with torch.inference_mode():
+        moments = engine.first_stage_model.moments(frames.to(pipeline.device))
+    return engine.scale_factor * moments[:, : pipeline.latent_channels].clone()
+
+
+def read_clip(path: Path) -> "Tensor":
+    """The first frames of a real video, resized: (t, 3, h, w) in [-1, 1]."""
     import av
     import torch
     import torch.nn.functional as F
@@ -134,12 +161,7 @@ def encode(pipeline: "VideoPipeline", path: Path) -> "Tensor":
             for _, frame in zip(range(FRAMES), container.decode(video=0), strict=False)
         ]
     frames = torch.from_numpy(stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1
-    frames = F.interpolate(frames, size=(HEIGHT, WIDTH), mode="bilinear", antialias=True)
-    engine = pipeline.engine
-    engine.first_stage_model.encoder.to(pipeline.device, torch.float32)
-    with torch.inference_mode():
-        moments = engine.first_stage_model.moments(frames.to(pipeline.device))
-    return engine.scale_factor * moments[:, : pipeline.latent_channels].clone()
+    return F.interpolate(frames, size=(HEIGHT, WIDTH), mode="bilinear", antialias=True)
 
 
 def measure(pipeline: "VideoPipeline", folder: Path | None) -> dict[str, Any]:
@@ -196,6 +218,7 @@ def main() -> int:
     from sgm.inference.pipeline import VideoPipeline
 
     pipeline = VideoPipeline.from_spec("svd_tiny", device=arguments.device, dtype="float32")
+    pipeline.engine.first_stage_model.to(pipeline.device, torch.float32)
     table = measure(pipeline, arguments.clips)
     print(f"\n{summary(table)}")
     if arguments.out:

@@ -67,7 +67,7 @@ MIN = MemoryPlan(
     halves_in_turn=True,
     feed_forward_chunks=8,
     stream_weights=True,
-    decode_bands=4,
+    decode_bands=1,  # whole frames are contiguous, which the copies are quick for
     park_on_host=True,
 )
 

@@ -1,0 +1,302 @@
+"""The benchmark measures what it says: equal work, wrong results seen, nothing lost on the way."""
+
+import json
+from dataclasses import asdict
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from torch import nn
+
+from scripts.bench import growth, memory
+from scripts.bench.charts import Curve, bars, curves
+from scripts.bench.compare import Row, relative_error, table, verdicts
+from scripts.bench.floor import count, operations_of
+from scripts.bench.inputs import inputs_of
+from scripts.bench.models import build_engine, model_files
+from scripts.bench.presets import DIFFUSERS, PRESETS, Case, Target, small
+from scripts.bench.report import markdown, seconds, slug
+from scripts.bench.systems import make_system
+from scripts.bench.timing import alternate
+from scripts.benchmark import main
+from sgm.inference import SamplingOptions
+
+CPU = torch.device("cpu")
+ROUNDING = 1e-4  # float32 in another order, through a random network
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Other tests may run beside these, and threads that wait for each other are slow then."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def preset():
+    return small(PRESETS["tiny"])
+
+
+@pytest.fixture(scope="module")
+def files(preset):
+    return model_files(preset)
+
+
+@pytest.fixture(scope="module")
+def engine(files):
+    return build_engine(files, CPU, torch.float32)
+
+
+def figures(folder, name):
+    (path,) = folder.glob(f"{name}-*.json")
+    return json.loads(path.read_text()), path
+
+
+# ---------------------------------------------------------------- the systems do equal work
+@pytest.mark.parametrize("clips", [1, 2])
+def test_systems_give_the_same_and_a_wrong_weight_shows(files, engine, preset, clips):
+    """Catches: rows of the clips in another order, other conditioning, another noise level; and an
+    error column that would not see them. The tensors are shared: full width fits twice at most."""
+    case = Case(3, 64, 96, {}, clips=clips, steps=2)
+    plain, ours, theirs = (
+        make_system(name, files, engine, CPU, torch.float32)
+        for name in ("none", "exact", DIFFUSERS)
+    )
+    weight = theirs.pipeline.unet.conv_in.weight
+    own = engine.model.diffusion_model.input_blocks[0][0].weight
+    assert weight.data_ptr() == own.data_ptr()
+    with inputs_of(files, engine, case, CPU) as given:
+        expected = plain.calls(given)
+        for system in (ours, theirs):
+            calls = system.calls(given)
+            for stage in ("unet", "decode"):
+                assert relative_error(calls[stage](), expected[stage]()) < ROUNDING
+        wrong = weight.clone()
+        wrong[0, 0, 0, 0] += 1
+        theirs.pipeline.unet.conv_in.weight = nn.Parameter(wrong, requires_grad=False)
+        error = relative_error(theirs.calls(given)["unet"](), expected["unet"]())
+        assert error > 10 * ROUNDING
+
+
+def test_weights_are_the_same_in_every_type(files, engine):
+    """Catches: another draw for each type, in which errors would be differences of weights."""
+    half = build_engine(files, CPU, torch.bfloat16).state_dict()
+    for key, value in engine.state_dict().items():
+        assert torch.equal(half[key], value.bfloat16())
+
+
+# ---------------------------------------------------------------- floor
+def test_floor_of_a_layer_by_hand():
+    """Catches: a multiplication and its addition as one operation."""
+    layer, x = nn.Linear(7, 5, device="meta"), torch.empty(3, 7, device="meta")
+    assert sum(operations_of(lambda: layer(x)).values()) == 2 * 3 * 7 * 5
+
+
+def test_floor_of_the_networks(files):
+    """Catches: rows taken for clips, steps forgotten, savings that save no arithmetic."""
+    one, two = (count(files, Case(4, 64, 64, {}, clips=clips, steps=3)) for clips in (1, 2))
+    for before, after in zip(
+        (one["unet"].plain, one["unet"].exact), (two["unet"].plain, two["unet"].exact), strict=True
+    ):
+        assert after == pytest.approx(2 * before, rel=0.02)  # all but the embeddings
+    assert one["decode"].exact == two["decode"].exact
+    assert two["unet"].exact < two["unet"].plain
+    assert two["decode"].exact < two["decode"].plain
+    assert two["video"].exact == 3 * two["unet"].exact + two["decode"].exact
+    assert sum(two["video"].operations.values()) == two["video"].exact
+
+
+@pytest.mark.slow
+def test_floor_at_full_width():
+    """The counts of the published sizes, made by another program."""
+    case = Case(25, 576, 1024, {}, steps=25)
+    found = count(model_files(PRESETS["gpu"]), case)
+    assert found["unet"].plain == pytest.approx(159.9e12, rel=1e-3)
+    assert found["decode"].plain == pytest.approx(173.6e12, rel=1e-3)
+    assert found["video"].exact == pytest.approx(3896e12, rel=2e-3)
+
+
+# ---------------------------------------------------------------- timing, targets
+def test_calls_alternate_and_a_failure_stays_alone():
+    """Catches: one system measured after the other, a crash that takes all figures with it."""
+    order = []
+
+    def broken():
+        order.append("broken")
+        raise RuntimeError("no such kernel\nand a long story")
+
+    calls = {"a": lambda: order.append("a"), "broken": broken, "b": lambda: order.append("b")}
+    timing = alternate(calls, CPU, repeat=2, warmup=1)
+    assert order == ["a", "broken", "b", "a", "b", "a", "b"]
+    assert timing["broken"].failure == "RuntimeError: no such kernel"
+    assert timing["broken"].median is None
+    assert len(timing["a"].seconds) == len(timing["b"].seconds) == 2
+
+
+def row(system, median, stage="unet", dtype="float32", **more):
+    times = (median, 2 * median) if median else ()
+    return Row("4 frames", stage, dtype, system, times, median, **more)
+
+
+def test_targets():
+    """Catches: a ratio the other way round, a missing figure that counts as met."""
+    rows = [row("exact", 2.0), row(DIFFUSERS, 3.0), row("exact", 1.5, dtype="bfloat16")]
+    wanted = [
+        Target("4 frames", "unet", "float32", 1.5),
+        Target("4 frames", "unet", "float32", 1.6),
+        Target("4 frames", "unet", "bfloat16", 1.3, ("exact", "float32")),
+        Target("4 frames", "decode", "float32", 1.0),
+        Target("4 frames", "unet", "bfloat16", 1.4, ("exact", "float32"), "amx_bf16"),
+    ]
+    came = verdicts(wanted, rows, ["avx2"])
+    assert [each["met"] for each in came] == [True, False, True, False, False]
+    assert [each["asked"] for each in came] == [True, True, True, True, False]
+    assert came[0]["came"] == 1.5
+    assert came[3]["came"] is None
+
+
+def test_expected_growth():
+    """Catches: a law that is fitted to the smallest point, where overheads are."""
+    points = [
+        growth.Point("frames", "unet", value, (took,), took, None, flops, None, None)
+        for value, took, flops in ((1, 5.0, 10.0), (4, 8.0, 40.0))
+    ]
+    assert [point.expected for point in growth.with_law(points)] == [2.0, 8.0]
+
+
+# ---------------------------------------------------------------- tables, charts
+def test_table():
+    """Catches: the ratio of another case, and a failure without a word."""
+    rows = [
+        row("exact", 0.002, share=0.5, error=1e-6, working_bytes=3 * 10**9),
+        row(DIFFUSERS, 0.003),
+        row("none", None, failure="OutOfMemoryError"),
+    ]
+    header, rule, ours, theirs, failed = table(rows).splitlines()
+    assert header.count("|") == rule.count("|") == ours.count("|") == failed.count("|")
+    for cell in ("**2 ms**", "2 ms to 4 ms", "1.50", "50%", "1.0e-06", "3.00 GB"):
+        assert f" {cell} " in ours
+    assert "| diffusers | **3 ms** |" in theirs
+    assert "OutOfMemoryError" in failed
+
+
+def test_units():
+    assert [seconds(x) for x in (12.345, 0.0123, 0.0000456)] == ["12.3 s", "12.3 ms", "45.6 us"]
+    assert slug("NVIDIA H100 80GB (PCIe)") == "nvidia-h100-80gb-pcie"
+    assert markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | ---: |\n| 1 | 2 |"
+
+
+def test_charts():
+    """Catches: pictures that are no XML, bars that are not as long as their values."""
+    root = ElementTree.fromstring(bars({"a < b": {"one": 1.0, "two": 4.0}}))
+    boxes = [each for each in root if each.tag.endswith("rect") and "x" in each.attrib]
+    one, two = (float(each.attrib["width"]) for each in boxes)
+    assert two == pytest.approx(4 * one, rel=1e-3)
+    root = ElementTree.fromstring(curves([Curve("t", "n", [1, 10], [1.0, 10.0], [1.0, 20.0])]))
+    dots = [each for each in root if each.tag.endswith("circle")]
+    assert len(dots) == 2
+    left, right = dots
+    assert float(left.attrib["cx"]) < float(right.attrib["cx"])
+    assert float(left.attrib["cy"]) > float(right.attrib["cy"])  # up is more
+
+
+# ---------------------------------------------------------------- the command
+def test_everything_is_written(tmp_path):
+    """Catches: a stage or a system that is lost, figures without what they depend on."""
+    assert main(["--preset", "tiny", "--small", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    found, path = figures(tmp_path, "tiny")
+    known = {"device", "processor_flags", "threads", "load", "python", "torch", "diffusers"}
+    assert known <= found["machine"].keys()
+    assert found["rates"]["float32"] > 0
+    systems = {}
+    for each in found["rows"]:
+        assert each["failure"] is None, each
+        assert len(each["seconds"]) == 1
+        if each["system"] != "reference":
+            systems.setdefault(each["stage"], []).append(each["system"])
+        if each["error"] is not None:
+            assert each["error"] < ROUNDING
+            assert each["share"] > 0
+    all_three = ["none", "exact", DIFFUSERS]
+    assert systems.keys() == PRESETS["tiny"].cases[0].stages.keys()
+    assert systems.pop("write") == all_three[:2]
+    assert systems.pop("condition") == all_three[1:2]
+    assert all(names == all_three for names in systems.values())
+    page = path.with_suffix(".md").read_text()
+    assert page.count("\n| ") == len(found["rows"]) + 2
+    assert ElementTree.parse(path.with_suffix(".svg"))
+
+
+def test_savings_are_pairs_of_equals(tmp_path):
+    """Catches: a plain and an optimised form that do not compute the same."""
+    assert main(["--preset", "savings", "--small", "--out", str(tmp_path), "--repeat", "1"]) == 0
+    found, _ = figures(tmp_path, "savings")
+    letters = [each["letter"] for each in found["savings"]]
+    assert set("ABCDEFGHIJLMO") <= set(letters)
+    for each in found["savings"]:
+        assert each["error"] < 1e-5, each
+        assert each["ratio"] > 0
+
+
+@pytest.mark.parametrize("flag", ["--kernels", "--profile"])
+def test_sections(tmp_path, flag):
+    """Catches: a function or a kind of operation that is left out."""
+    asked = ["--preset", "tiny", "--small", "--device", "cpu", "--out", str(tmp_path)]
+    assert main([*asked, flag]) == 0
+    found, _ = figures(tmp_path, "tiny")
+    if flag == "--kernels":
+        assert len({each["name"] for each in found["kernels"]}) == 6
+        assert all(each["rate"] > 0 for each in found["kernels"])
+    else:
+        gaps = found["profile"]["unet"]
+        assert {each["kind"] for each in gaps if each["seconds"] > 0} >= {"product", "convolution"}
+        assert [each["gap"] for each in gaps] == sorted((g["gap"] for g in gaps), reverse=True)
+
+
+def test_growth(tmp_path):
+    asked = ["--preset", "growth", "--small", "--device", "cpu", "--out", str(tmp_path)]
+    assert main([*asked, "--repeat", "1"]) == 0
+    found, path = figures(tmp_path, "growth")
+    axes = {(each["axis"], each["stage"]) for each in found["points"]}
+    assert axes == {
+        *((axis, stage) for axis in ("frames", "side") for stage in ("unet", "decode")),
+        ("steps", "video"),
+    }
+    assert all(each["median"] and each["expected"] for each in found["points"])
+    assert ElementTree.parse(path.with_suffix(".svg"))
+
+
+def test_refusals(capsys, tmp_path):
+    """Catches: a traceback, and files of a run that did not happen."""
+    asked = ["--preset", "memory", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(asked) == 2
+    assert capsys.readouterr().err == "error: --preset memory measures CUDA devices, got cpu\n"
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit):
+        main(["--repeat", "0"])
+    assert "--repeat: expected more than 0, got 0" in capsys.readouterr().err
+
+
+def test_what_another_process_is_told():
+    """Catches: options that there are not, a case that does not come back from JSON."""
+    for options in memory.ours().values():
+        SamplingOptions.from_dict(options)
+    case = PRESETS["memory"].cases[0]
+    assert Case(**json.loads(json.dumps(asdict(case)))) == Case(
+        **asdict(case) | {"dtypes": ["float16"]}
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_gpu(tmp_path):
+    """Every part of the GPU's preset, compiled diffusers included, at a size of seconds."""
+    asked = ["--preset", "gpu", "--small", "--device", "cuda", "--out", str(tmp_path)]
+    assert main(asked) == 0
+    found, _ = figures(tmp_path, "gpu")
+    assert not [each for each in found["rows"] if each["failure"]]
+    assert all(each["error"] is None or each["error"] < 0.1 for each in found["rows"])
+    for flag in ("--kernels", "--profile"):
+        assert main([*asked, flag]) == 0
