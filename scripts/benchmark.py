@@ -36,8 +36,10 @@ def run(arguments: argparse.Namespace) -> bool:
 
     from scripts.bench.models import model_files
     from scripts.bench.report import Results
-    from sgm.device import default_device, parse_device
+    from sgm.device import default_device, keep_freed_memory, parse_device
 
+    if arguments.keep_memory:
+        keep_freed_memory()
     device = parse_device(arguments.device) if arguments.device else default_device()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -98,6 +100,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(
             flag, action="store_const", const=section, dest="section", help=f"{about} instead"
         )
+    parser.add_argument(
+        "--keep-memory",
+        action="store_true",
+        help="have the C library keep freed memory, for all systems, as the command line does",
+    )
     parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     for name in ("repeat", "threads", "limit"):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from scripts.bench.charts import bars
-from scripts.bench.floor import Flops, count, fastest_rate
+from scripts.bench.floor import count, fastest_rate
 from scripts.bench.inputs import inputs_of
 from scripts.bench.models import build_engine, lay_channels_last
 from scripts.bench.presets import DIFFUSERS, Case, Preset, Target
@@ -100,7 +100,6 @@ class _Measuring:
         self.rates: dict[str, float] = {}
         self.left_out: dict[str, str] = {}
         self._expected: dict[tuple[str, str], Tensor] = {}
-        self._flops: dict[tuple[str, int, int], dict[str, Flops]] = {}
 
     def reference(self, engine: DiffusionEngine) -> None:
         """The plain networks, and what they give."""
@@ -147,7 +146,7 @@ class _Measuring:
         self._add(case, stage, dtype, alternate(chosen, self.device, case.stages[stage], warmup))
 
     def _add(self, case: Case, stage: str, dtype: str, timing: Mapping[str, Timing]) -> None:
-        flops = self._count(case)[stage].exact if stage in COMPARED else None
+        flops = count(self.files, case)[stage].exact if stage in COMPARED else None
         expected = self._expected.get((case.name, stage))
         for name, each in timing.items():
             error = None
@@ -165,12 +164,6 @@ class _Measuring:
                     failure="the result is not finite" if wrong else each.failure,
                 )
             )
-
-    def _count(self, case: Case) -> dict[str, Flops]:
-        key = case.name, case.decoding_t, case.steps
-        if key not in self._flops:
-            self._flops[key] = count(self.files, case)
-        return self._flops[key]
 
     def _report(self, case: Case) -> None:
         self.results.add(rates=self.rates, left_out=self.left_out, rows=self.rows)

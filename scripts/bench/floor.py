@@ -3,8 +3,10 @@
 Shapes: t frames, n rows, z latent channels, h height and w width of the latents.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -44,27 +46,43 @@ def count(files: ModelFiles, case: Case) -> dict[str, Flops]:
 
     A ``video`` is both networks; the image encoders are a hundredth of it.
     """
-    params = files.config["params"]
+    size = case.frames, case.clips, case.height, case.width, case.decoding_t
+    parts = [files.config["params"][part] for part in ("network_config", "first_stage_config")]
+    unet, decode = _count_networks(json.dumps(parts), *size)
+    operations = {key: case.steps * value for key, value in unet.operations.items()}
+    for key, value in decode.operations.items():
+        operations[key] = operations.get(key, 0) + value
+    total = case.steps * unet.plain + decode.plain
+    return {
+        "unet": unet,
+        "decode": decode,
+        "video": Flops(total, sum(operations.values()), operations),
+    }
+
+
+@cache
+def _count_networks(
+    parts: str, frames: int, clips: int, height: int, width: int, decoding_t: int
+) -> tuple[Flops, Flops]:
+    """U-Net and decoder, of which each size takes seconds; ``parts`` is JSON."""
+    network_config, first_stage_config = json.loads(parts)
     with torch.device("meta"):
-        network = instantiate_from_config(params["network_config"]).eval()
-        first_stage = instantiate_from_config(params["first_stage_config"]).eval()
-    given = _Given(params["network_config"]["params"], first_stage.downsampling, case)
+        network = instantiate_from_config(network_config).eval()
+        first_stage = instantiate_from_config(first_stage_config).eval()
+    factor = first_stage.downsampling
+    given = _Given(network_config["params"], frames, clips, (height // factor, width // factor))
     decoder = first_stage.decoder
     with torch.device("meta"), torch.inference_mode():
-        plain = given.plain(network), given.decoding(decoder)
+        plain = given.plain(network), given.decoding(decoder, decoding_t)
         # Only the optimised networks are made of values: of the blends'.
         _draw_blends(network, decoder)
-        exact = given.exact(network), given.decoding(OptimizedDecoder(decoder, _as_it_is))
+        lean = OptimizedDecoder(decoder, _as_it_is)
+        exact = given.exact(network), given.decoding(lean, decoding_t)
     unet, decode = (
         Flops(sum(before.values()), sum(after.values()), after)
         for before, after in zip(plain, exact, strict=True)
     )
-    operations = {key: case.steps * value for key, value in exact[0].items()}
-    for key, value in exact[1].items():
-        operations[key] = operations.get(key, 0) + value
-    total = case.steps * unet.plain + decode.plain
-    video = Flops(total, sum(operations.values()), operations)
-    return {"unet": unet, "decode": decode, "video": video}
+    return unet, decode
 
 
 def fastest_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -93,17 +111,18 @@ def operations_of(call: Callable[[], Any]) -> dict[str, float]:
 class _Given:
     """What the networks are given, without values; and what they then compute."""
 
-    def __init__(self, params: Mapping[str, Any], factor: int, case: Case) -> None:
-        self.params, self.case = params, case
-        self.n = case.frames * case.clips
-        self.size = case.height // factor, case.width // factor
+    def __init__(
+        self, params: Mapping[str, Any], frames: int, clips: int, size: tuple[int, int]
+    ) -> None:
+        self.params, self.frames, self.clips, self.size = params, frames, clips, size
+        self.n = frames * clips
 
     def plain(self, network: Any) -> dict[str, float]:
         x = torch.empty(self.n, self.params["in_channels"], *self.size)
         vector = torch.empty(self.n, self.params["adm_in_channels"])
         extra = {
-            "num_video_frames": self.case.frames,
-            "image_only_indicator": torch.zeros(self.case.clips, self.case.frames),
+            "num_video_frames": self.frames,
+            "image_only_indicator": torch.zeros(self.clips, self.frames),
         }
         args = x, torch.empty(self.n), self.context(), vector
         return operations_of(lambda: network(*args, **extra))
@@ -111,12 +130,12 @@ class _Given:
     def exact(self, network: Any) -> dict[str, float]:
         unet, x = OptimizedUNet(network, _as_it_is), self.latents(self.n)
         # Without the vector: that its rows are equal cannot be seen here, and it is computed once.
-        condition = unet.condition({"crossattn": self.context(), "concat": x}, self.case.frames)
+        condition = unet.condition({"crossattn": self.context(), "concat": x}, self.frames)
         return operations_of(lambda: unet(x, torch.empty(1), condition))
 
-    def decoding(self, decoder: Any) -> dict[str, float]:
-        chunks = self.latents(self.case.frames).split(self.case.decoding_t)
-        return operations_of(lambda: [decoder(chunk, timesteps=len(chunk)) for chunk in chunks])
+    def decoding(self, decoder: Any, chunk: int) -> dict[str, float]:
+        chunks = self.latents(self.frames).split(chunk)
+        return operations_of(lambda: [decoder(z, timesteps=len(z)) for z in chunks])
 
     def context(self) -> Tensor:
         return torch.empty(self.n, 1, self.params["context_dim"])

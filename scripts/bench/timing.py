@@ -57,7 +57,8 @@ def alternate(
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     working: dict[str, int | None] = dict.fromkeys(calls)
     results: dict[str, Any] = dict.fromkeys(calls)
-    gc.collect()  # once: what a call leaves behind is its own affair
+    if device.type == "cuda":
+        gc.collect()  # once: what a call leaves behind is its own affair
     for number in range(warmup + repeat):
         for name, call in calls.items():
             if name in failures:

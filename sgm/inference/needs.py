@@ -6,7 +6,7 @@ latent channels, f the downsampling factor, h and w height and width of the late
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, TypeVar
 
@@ -26,6 +26,13 @@ from sgm.modules.diffusionmodules.model import Encoder
 from sgm.modules.video_attention import SpatialVideoTransformer
 
 M = TypeVar("M", bound=nn.Module)
+
+# What of a plan decides the activations of a stage: plans that agree in it are counted once.
+_MATTERS: dict[Stage, tuple[str, ...]] = {
+    "encoding": (),
+    "sampling": ("halves_in_turn", "feed_forward_chunks"),
+    "decoding": ("decode_bands", "park_on_host", "decode_chunk"),
+}
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ def count_needs(
     }
 
     @cache
-    def activations(stage: Stage, plan: MemoryPlan) -> int:
+    def count(stage: Stage, plan: MemoryPlan) -> int:
         match stage:
             case "encoding":
                 f = engine.first_stage_model.downsampling
@@ -85,6 +92,9 @@ def count_needs(
                 return network_peak(plain, make_network(plan), job, plan.halves_in_turn)
             case "decoding":
                 return decoder_peak(decoder, job, plan, optimized_decoder)
+
+    def activations(stage: Stage, plan: MemoryPlan) -> int:
+        return count(stage, replace(HIGH, **{key: getattr(plan, key) for key in _MATTERS[stage]}))
 
     return Needs(weights, tuple(weight_bytes(block) for block in blocks_of(network)), activations)
 

@@ -16,6 +16,7 @@ from sgm.inference import SamplingOptions, VideoPipeline
 from sgm.inference.settings import find_model
 from tests.foreign import folder_tensors, native_config, tiny_diffusers_pipeline
 from tests.local_hub import local_hub
+from tests.recorded import relative_error
 
 OPTIONS = SamplingOptions(num_frames=2, num_steps=1, height=64, width=64, output="latents")
 REPOSITORY = "someone/svd-tiny"
@@ -66,14 +67,15 @@ def test_every_form_gives_the_same_latents(place, forms, monkeypatch):
     expected = latents(forms / "tiny.safetensors")
     assert torch.isfinite(expected).all()
     for form in ("tiny.ckpt", "folder", "svd_tiny_pipeline"):
-        assert torch.equal(latents(forms / form), expected), form
+        # Not to the bit: sums may depend on where in memory weights lie.
+        assert relative_error(latents(forms / form), expected) < 1e-5, form
     folder = forms / "svd_tiny_pipeline"
     files = [path for path in folder.rglob("*") if path.is_file()]
     with local_hub(monkeypatch, place) as hub:
         contents = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
         hub.repositories[REPOSITORY] = contents
-        assert torch.equal(latents(REPOSITORY), expected)
-        assert torch.equal(latents(f"hf://{REPOSITORY}"), expected)
+        assert relative_error(latents(REPOSITORY), expected) < 1e-5
+        assert relative_error(latents(f"hf://{REPOSITORY}"), expected) < 1e-5
 
 
 def test_a_u_net_alone_lies_over_the_other_weights(place, forms):
@@ -94,7 +96,9 @@ def test_a_u_net_alone_lies_over_the_other_weights(place, forms):
     OmegaConf.save(config, place / "configs" / "svd_xt_lcm.yaml")
     files = find_model(ckpt_path=forms / "AnimateLCM-SVD-xt.safetensors")
     assert files.spec.name == "svd_xt_lcm"
-    pipeline = VideoPipeline.load(files, "cpu", "float32")
+    pipeline = VideoPipeline.load(
+        files, SamplingOptions(device="cpu", dtype="float32", optimize="none")
+    )
     OmegaConf.save(config, place / "configs" / "svd_xt.yaml")
     base = VideoPipeline.from_spec("svd_xt", device="cpu", dtype="float32").engine.state_dict()
     for key, tensor in pipeline.engine.state_dict().items():

@@ -1,6 +1,7 @@
 """Memory plans, and the estimate that chooses them, against memory that was really taken."""
 
 import gc
+import os
 from functools import partial
 
 import pytest
@@ -40,7 +41,7 @@ def engine():
     return tiny_engine()
 
 
-SHAPES = [(4, 32, 32), (2, 48, 64), (9, 16, 24)]
+SHAPES = [(4, 16, 16), (2, 24, 32), (7, 16, 8)]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -164,10 +165,8 @@ def test_plans_go_down_to_the_smallest():
 
 def test_free_memory_is_of_this_machine():
     """Caught: kilobytes taken for bytes."""
-    free = free_bytes(torch.device("cpu"))
-    assert free > 100 * MEGA
-    block = torch.ones(free // 20, dtype=torch.uint8)
-    assert free_bytes(torch.device("cpu")) < free - len(block) // 2
+    everything = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0.01 * everything < free_bytes(torch.device("cpu")) < everything
 
 
 def test_a_copy_without_values(engine):
@@ -190,7 +189,7 @@ def test_needs_of_a_model(engine, optimized):
     place = partial(torch.Tensor.to, device="meta", dtype=torch.bfloat16)
     plain = engine.model.diffusion_model
     autoencoder = engine.conditioner.embedders[3].encoder
-    job = Job(4, (64, 64), 2, 4, torch.bfloat16, torch.float32)
+    job = Job(3, (64, 64), 2, 3, torch.bfloat16, torch.float32)
 
     def network(_) -> nn.Module:
         return OptimizedUNet(plain, place) if optimized else meta_copy(plain, torch.bfloat16)
@@ -208,7 +207,7 @@ def test_needs_of_a_model(engine, optimized):
     assert 0.45 < one / both < 0.6
     peaks = [needs.peak(plan) for plan in PLANS]
     assert peaks == sorted(peaks, reverse=True)
-    assert peaks[0] > 1.2 * peaks[-1]
+    assert needs.by_stage(HIGH)["sampling"] > 1.3 * needs.by_stage(MIN)["sampling"]
 
 
 @pytest.mark.slow
