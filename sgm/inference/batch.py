@@ -140,8 +140,12 @@ def _plan(request: Request) -> Job:
 
     device = parse_device(options.device) if options.device else default_device()
     dtype = options.dtype or default_dtype(device)
-    optimize = options.optimize or "exact"
-    decided = {"device": str(device), "dtype": dtype, "optimize": optimize}
+    decided = {
+        "device": str(device),
+        "dtype": dtype,
+        "optimize": options.optimize or "exact",
+        "memory": options.memory or "auto",
+    }
     return Job(
         files,
         replace(settings, options=settings.options.replace(**decided)),
