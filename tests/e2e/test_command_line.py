@@ -409,7 +409,7 @@ def test_too_little_memory_is_one_line(place, capsys, monkeypatch):
     monkeypatch.setattr("sgm.inference.pipeline.embed", fail)
     assert sample("photos") == 1
     printed = capsys.readouterr().err
-    assert printed.count("error: out of memory: try fewer or smaller frames, or a smaller") == 2
+    assert printed.count("error: out of memory: try --memory min, fewer or smaller frames") == 2
     assert "Traceback" not in printed
     assert names() == []
 
