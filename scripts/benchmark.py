@@ -8,6 +8,7 @@
     python scripts/benchmark.py --preset gpu --profile     where the time goes
     python scripts/benchmark.py --preset memory            peak memory, one process per system
     python scripts/benchmark.py --preset growth            time against frames, size and steps
+    python scripts/benchmark.py --preset training          a training step of the U-Net
 
 Both sides have the same random weights, inputs, threads and type, and are called in turn; errors
 are taken against the plain networks in float32. Figures go to a JSON with what they depend on, and

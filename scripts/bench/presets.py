@@ -10,6 +10,7 @@ STAGES = ("load", "encode", "condition", "unet", "decode", "write", "video")
 PROJECT = OPTIMIZATIONS  # systems that are levels of --optimize
 DIFFUSERS, COMPILED = "diffusers", "diffusers compiled"
 
+_NETWORK = "params.network_config.params"
 _EMBEDDERS = "params.conditioner_config.params.emb_models"
 _TOWER = f"{_EMBEDDERS}.0.params.open_clip_embedding_config.params.arch"
 # diffusers' pipeline shows the image tower 224 pixels, whatever it was made for.
@@ -168,6 +169,15 @@ PRESETS = {
         "svd_xt",
         tuple(Case(frames, 576, 1024, {"video": 1}, ("float16",), steps=3) for frames in (14, 25)),
         section="memory",
+    ),
+    "training": Preset(
+        "svd_xt",
+        (Case(8, 256, 256, {"train": 5}, clips=1),),
+        changes=_WITHOUT_TOWER | {f"{_NETWORK}.model_channels": 128},
+        section="training",
+    ),
+    "training-gpu": Preset(
+        "svd_xt", (Case(14, 320, 576, {"train": 5}, ("bfloat16",), clips=1),), section="training"
     ),
     "growth": Preset(
         "svd_tiny",
