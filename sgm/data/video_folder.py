@@ -1,30 +1,19 @@
 """A folder of real videos as training clips, with their measured motion."""
 
 import logging
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sgm.data.motion import flow_to_bucket, mean_flow, opencv, optical_flow
-
-if TYPE_CHECKING:
-    from av import VideoFrame
-    from av.container import InputContainer
+from sgm.data.motion import LINEAR, clip_speed, opencv
+from sgm.data.reading import TOLERANCE, VIDEOS, Frames, cover, nearest, open_video, timed
 
 logger = logging.getLogger(__name__)
-
-SUFFIXES = {".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".webm"}
-TOLERANCE = 1e-4
-"""Seconds by which a timestamp may miss, by rounding, the time that it stands for."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +62,7 @@ class VideoFolder(Dataset[dict[str, Tensor]]):
             raise ValueError(f"no folder at {folder}")
         self.frames = frames
         self.size = (int(size[0]), int(size[1]))
-        files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in SUFFIXES)
+        files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in VIDEOS)
         self.clips = [clip for file in files for clip in self._index(file, fps)]
         if not self.clips:
             raise ValueError(f"{folder}: none of its {len(files)} videos has {frames} frames")
@@ -92,8 +81,8 @@ class VideoFolder(Dataset[dict[str, Tensor]]):
                 return self._item(clip, frames)
         raise ValueError("none of the clips can be decoded any more")
 
-    def _item(self, clip: Clip, frames: npt.NDArray[np.uint8]) -> dict[str, Tensor]:
-        bucket = flow_to_bucket(mean_flow(optical_flow(frames)), min(self.size))
+    def _item(self, clip: Clip, frames: Frames) -> dict[str, Tensor]:
+        bucket = LINEAR.bucket(clip_speed(frames))
         return {
             "frames": torch.from_numpy(frames).movedim(-1, 1).float() / 127.5 - 1,
             "fps_id": torch.tensor(max(round(clip.fps) - 1, 0)),
@@ -121,7 +110,7 @@ def timestamps(file: Path) -> list[float]:
     Raises:
         ValueError: the file has no frame that can be decoded.
     """
-    with _video(file) as container:
+    with open_video(file) as container:
         packets = container.demux(container.streams.video[0])
         stamps = [(p.dts if p.pts is None else p.pts, p.time_base) for p in packets]
         container.seek(0)
@@ -130,59 +119,17 @@ def timestamps(file: Path) -> list[float]:
     return sorted(float(stamp * base) for stamp, base in stamps if stamp is not None)
 
 
-def read_clip(clip: Clip, frames: int, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
+def read_clip(clip: Clip, frames: int, size: tuple[int, int]) -> Frames:
     """Decode a clip: uint8 (t, h, w, 3).
 
     Raises:
         ValueError: the file can't be decoded up to the clip's end.
     """
     times = clip.times(frames)
-    with _video(clip.path) as container:
+    with open_video(clip.path) as container:
         container.seek(int(clip.start * 1e6))  # microseconds; to the key frame before
-        decoded = container.decode(video=0)
-        chosen = [_cover(frame, size) for frame in _nearest(decoded, times)]
+        frames_with_times = timed(container.decode(video=0))
+        chosen = [cover(frame, size) for frame in nearest(frames_with_times, times)]
     if len(chosen) < frames:
         raise ValueError("the file ends early")
     return np.stack(chosen)
-
-
-@contextmanager
-def _video(file: Path) -> "Iterator[InputContainer]":
-    import av
-
-    try:
-        with av.open(str(file)) as container:
-            if not container.streams.video:
-                raise ValueError("no video in it")
-            yield container
-    except av.FFmpegError as error:
-        raise ValueError(error.strerror) from error
-
-
-def _nearest(decoded: "Iterator[VideoFrame]", times: Sequence[float]) -> "Iterator[VideoFrame]":
-    """Give the frame nearest to each of the growing times, as far as the frames reach."""
-    wanted = iter(times)
-    time = next(wanted)
-    before = None
-    for frame in decoded:
-        while frame.time >= time - TOLERANCE:
-            yield frame if before is None or frame.time - time < time - before.time else before
-            time = next(wanted, math.inf)
-        if time == math.inf:
-            return
-        before = frame
-
-
-def _cover(frame: "VideoFrame", size: tuple[int, int]) -> npt.NDArray[np.uint8]:
-    """Turn a frame upright and scale it to cover (h, w), cutting the overhang evenly."""
-    sideways = frame.rotation % 180 != 0
-    h, w = size[::-1] if sideways else size
-    scale = max(h / frame.height, w / frame.width)
-    small = frame.reformat(
-        width=max(round(frame.width * scale), w),
-        height=max(round(frame.height * scale), h),
-        format="rgb24",
-        interpolation="AREA" if scale < 1 else "BICUBIC",
-    ).to_ndarray()
-    top, left = (small.shape[0] - h) // 2, (small.shape[1] - w) // 2
-    return np.rot90(small[top : top + h, left : left + w], frame.rotation // 90)

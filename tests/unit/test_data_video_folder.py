@@ -11,29 +11,7 @@ import torch
 
 from sgm.data.motion import flow_to_bucket
 from sgm.data.video_folder import VideoFolder, timestamps
-
-CODECS = {
-    ".mp4": "libx264",
-    ".mkv": "libx264",
-    ".webm": "libvpx-vp9",
-    ".avi": "mpeg4",
-    ".gif": "gif",
-}
-
-
-def write(path, frames, fps):
-    """Encode uint8 (t, h, w, 3) frames, with few key frames, so that seeking matters."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(CODECS[path.suffix], rate=fps)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "rgb8" if path.suffix == ".gif" else "yuv420p"
-        stream.gop_size = 12
-        if path.suffix != ".gif":
-            stream.bit_rate = 4_000_000
-        for pixels in frames:
-            picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            container.mux(stream.encode(picture.reformat(format=stream.pix_fmt)))
-        container.mux(stream.encode())
+from tests.footage import write_video
 
 
 def clock(count, size=(64, 64)):
@@ -51,7 +29,7 @@ def numbers(item):
 def test_frames_are_taken_at_the_rate_by_their_timestamps(tmp_path, suffix):
     # Frame k of clip n lies at (n t + k) / 7 s: the nearest of 30 frames per second. Catches a
     # fixed stride, a seek that lands late, frames in decoding order.
-    write(tmp_path / f"clock{suffix}", clock(54), 30)
+    write_video(tmp_path / f"clock{suffix}", clock(54), 30)
     dataset = VideoFolder(tmp_path, frames=6, fps=7)
     assert len(dataset) == 2
     for n in range(2):
@@ -64,7 +42,7 @@ def test_frames_are_taken_at_the_rate_by_their_timestamps(tmp_path, suffix):
 
 
 def test_a_slower_video_keeps_its_own_rate(tmp_path):
-    write(tmp_path / "slow.gif", clock(12), 5)
+    write_video(tmp_path / "slow.gif", clock(12), 5)
     dataset = VideoFolder(tmp_path, frames=6, fps=7)
     assert len(dataset) == 2
     assert dataset[1]["fps_id"] == 4
@@ -81,7 +59,7 @@ def test_bucket_is_the_measured_motion_at_the_rate_of_the_clip(tmp_path):
         cv2.warpAffine(picture, np.float32([[1, 0, -10 - 0.3 * i], [0, 1, -10]]), (64, 64))
         for i in range(60)
     ]
-    write(tmp_path / "pan.mp4", np.round(views).astype(np.uint8), 28)
+    write_video(tmp_path / "pan.mp4", np.round(views).astype(np.uint8), 28)
     item = VideoFolder(tmp_path, frames=14, fps=7)[0]
     assert int(item["motion_bucket_id"]) == pytest.approx(flow_to_bucket(1.2, 64), rel=0.15)
 
@@ -90,7 +68,7 @@ def test_a_moving_square_moves_in_the_frames_by_what_it_did(tmp_path):
     frames = np.full((24, 128, 128, 3), 40, np.uint8)
     for i in range(24):
         frames[i, 40:80, 10 + 3 * i : 50 + 3 * i] = 220
-    write(tmp_path / "square.mp4", frames, 24)
+    write_video(tmp_path / "square.mp4", frames, 24)
     item = VideoFolder(tmp_path, frames=8, size=(64, 64), fps=8)[0]
     bright = item["frames"].mean(1) > 0
     columns = torch.arange(64.0)
@@ -108,7 +86,7 @@ def test_frames_cover_the_size_with_their_middle(tmp_path, height, width):
         frames[(slice(None), slice(None), part) if axis else (slice(None), part)] = (
             np.eye(3)[channel] * 255
         )
-    write(tmp_path / "bands.mp4", frames, 4)
+    write_video(tmp_path / "bands.mp4", frames, 4)
     red, green, blue = VideoFolder(tmp_path, frames=2, fps=None)[0]["frames"][0].mean(dim=(1, 2))
     assert green > 0.7
     assert max(red, blue) < -0.7
@@ -119,7 +97,7 @@ def test_a_video_filmed_sideways_stands_upright(tmp_path):
     frames = np.zeros((8, 64, 64, 3), np.uint8)
     frames[:, :, :32] = 255  # the left half, which is the upper one on the screen
     path = tmp_path / "phone.mp4"
-    write(path, frames, 8)
+    write_video(path, frames, 8)
     data = bytearray(path.read_bytes())
     identity = np.array([1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30], ">i4").tobytes()
     turned = np.array([0, 1 << 16, 0, -1 << 16, 0, 0, 64 << 16, 0, 1 << 30], ">i4").tobytes()
@@ -133,14 +111,14 @@ def test_a_video_filmed_sideways_stands_upright(tmp_path):
 
 def test_index_is_in_order_and_bad_files_are_named_and_left_out(tmp_path, caplog):
     (tmp_path / "b").mkdir()
-    write(tmp_path / "b" / "second.mkv", clock(14), 10)
-    write(tmp_path / "a.mp4", clock(24), 10)
+    write_video(tmp_path / "b" / "second.mkv", clock(14), 10)
+    write_video(tmp_path / "a.mp4", clock(24), 10)
     whole = (tmp_path / "a.mp4").read_bytes()
     (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "empty.gif").write_bytes(b"")
     (tmp_path / "text.webm").write_text("this is no video")
     (tmp_path / "notes.txt").write_text("neither is this")
-    write(tmp_path / "short.mp4", clock(3), 10)
+    write_video(tmp_path / "short.mp4", clock(3), 10)
     with caplog.at_level(logging.INFO, "sgm"):
         dataset = VideoFolder(tmp_path, frames=7, fps=10)
     assert [(clip.path.name, round(clip.start, 3)) for clip in dataset.clips] == [
@@ -158,8 +136,8 @@ def test_index_is_in_order_and_bad_files_are_named_and_left_out(tmp_path, caplog
 
 
 def test_a_file_that_breaks_later_gives_way_to_the_next_clip(tmp_path, caplog):
-    write(tmp_path / "a.mp4", clock(8), 8)
-    write(tmp_path / "b.mp4", clock(8)[::-1], 8)
+    write_video(tmp_path / "a.mp4", clock(8), 8)
+    write_video(tmp_path / "b.mp4", clock(8)[::-1], 8)
     dataset = VideoFolder(tmp_path, frames=8, fps=8)
     (tmp_path / "a.mp4").write_bytes(b"gone")
     np.testing.assert_allclose(numbers(dataset[0]), np.arange(8)[::-1], atol=0.45)
