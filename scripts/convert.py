@@ -35,7 +35,7 @@ DONE, REFUSED, INTERRUPTED = 0, 2, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Convert what the command line names; the exit code."""
     options = parse(arguments)
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     line = ProgressLine(sys.stderr) if sys.stderr.isatty() else None
     try:
         check(options)
@@ -137,7 +137,8 @@ def shower(line: ProgressLine) -> "Progress":
     return show
 
 
-def _interrupt(*_: object) -> NoReturn:
+def interrupt(*_: object) -> NoReturn:
+    """End as Ctrl-C does, on another signal."""
     raise KeyboardInterrupt
 
 

@@ -150,7 +150,7 @@ def sample(
     check_video_size("mp4", *decided.size)
     with st.status(f"Loading {spec.name}", expanded=True) as status, TemporaryDirectory() as folder:
         picture = isolate_object(picture) if spec.orbit else picture
-        files = find_model(spec.name)
+        files = find_model(spec.name, loras=options.lora)
         check_types(files.config, f"{files.config_path.name}: model")
         if about := announcement(files, decided, options.videos_per_image):
             st.write(about)

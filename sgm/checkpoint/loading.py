@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm.checkpoint.identify import identify
+from sgm.checkpoint.lora import merge, read_lora
 from sgm.checkpoint.opening import open_native
 from sgm.checkpoint.source import each
 from sgm.util import counted
@@ -113,6 +114,7 @@ def load_checkpoint(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     overlay: str | PathLike[str] | None = None,
+    loras: Iterable[tuple[str | PathLike[str], float]] = (),
 ) -> LoadReport:
     """Give ``model`` the weights of a file or folder: all of them, and no others.
 
@@ -132,6 +134,8 @@ def load_checkpoint(
         device: where the model goes, one tensor at a time; None leaves the weights on the CPU.
         overlay: another checkpoint, such as a U-Net alone, whose tensors stand in place of those of
             ``path``.
+        loras: files of low-rank updates and by how much to add each to the weights, which then are
+            no views where they change; see `sgm.checkpoint.lora.read_lora`.
 
     Returns:
         The report; its ``ignored`` tells which keys of the file are not used.
@@ -140,7 +144,8 @@ def load_checkpoint(
         ValueError: the file cannot be read, does not fit the model, or leaves a part of it on meta.
     """
     path = Path(path)
-    source = open_native(path, overlay)
+    base = open_native(path, overlay)
+    source = merge(base, [(read_lora(file, base.shapes), scale) for file, scale in loras])
     report = compare(model, source.tensors, path)
     if not report.fits:
         raise ValueError(report.describe())

@@ -126,6 +126,35 @@ class Selection(Source):
             source.require_unchanged()
 
 
+class InMemory(Source):
+    """Tensors that are there already.
+
+    Args:
+        path: the file that they are meant for, for errors.
+        values: by name.
+        metadata: what a header is to say.
+    """
+
+    def __init__(
+        self, path: Path, values: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        self._values = {name: value.detach() for name, value in values.items()}
+        super().__init__(path, {n: v.to("meta") for n, v in self._values.items()}, metadata)
+
+    @property
+    def files(self) -> tuple[Path, ...]:  # noqa: D102 - as in the base class
+        return ()
+
+    def view(self, name: str) -> Tensor:  # noqa: D102
+        return self._values[name]
+
+    def read(self, name: str) -> Tensor:  # noqa: D102
+        return self._values[name].cpu()
+
+    def require_unchanged(self) -> None:
+        """Nobody else writes to them."""
+
+
 def _within(piece: tuple[int, int], size: int) -> bool:
     start, length = piece
     return 0 <= start <= start + length <= size

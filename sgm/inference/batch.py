@@ -126,7 +126,8 @@ class _Run:
 def _plan(request: Request) -> Job:
     options = to_options(request)
     inputs = expand_inputs(request.input_path or (find_file(SAMPLE_PICTURE) or SAMPLE_PICTURE,))
-    files = find_model(request.version, request.config, request.ckpt_path)  # may fetch gigabytes
+    wanted = (request.version, request.config, request.ckpt_path, options.lora)
+    files = find_model(*wanted)  # may fetch gigabytes
     settings = resolve(options, files.config, files.spec, (files.spec.height, files.spec.width))
 
     format = request.format or "mp4"

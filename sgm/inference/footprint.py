@@ -20,7 +20,7 @@ _GROUP_NORM = torch.ops.aten.native_group_norm.default
 _SOFTMAX = torch.ops.aten._safe_softmax.default
 
 
-def peak_bytes(run: Callable[[], object]) -> int:
+def peak_bytes(run: Callable[[], object], gradients: bool = False) -> int:
     """The most memory that a computation makes and has not freed, in bytes.
 
     What is there before, such as weights and inputs, does not count. Three seconds more when first
@@ -28,8 +28,9 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
     Args:
         run: computes on the meta device, without inference mode, which hides operations.
+        gradients: record what a backward pass needs; ``run`` may do that pass.
     """
-    with torch.no_grad(), _FusedAttention(), _Followed() as memory:
+    with torch.set_grad_enabled(gradients), _FusedAttention(), _Followed() as memory:
         run()
     return memory.peak
 
@@ -60,6 +61,20 @@ class _Followed(TorchDispatchMode):
         self.live -= size
 
 
+class _Attention(torch.autograd.Function):
+    """What fused attention makes, and keeps for its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+
+
 class _FusedAttention(TorchFunctionMode):
     """Attention as fused kernels do it, where a device has one: without a matrix of weights.
 
@@ -71,8 +86,7 @@ class _FusedAttention(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func is F.scaled_dot_product_attention and all(x.stride(-1) == 1 for x in args[:3]):
-            q, _, v = args[:3]
-            return q.new_empty(*q.shape[:-1], v.shape[-1])
+            return _Attention.apply(*args[:3])
         return func(*args, **(kwargs or {}))
 
 

@@ -11,6 +11,7 @@ import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from numbers import Integral, Real
+from pathlib import PurePath
 from textwrap import TextWrapper
 from typing import Any, Self
 
@@ -150,6 +151,12 @@ class SamplingOptions:
         group="expert",
         unset="auto",
     )
+    lora: tuple[str, ...] | None = _option(
+        "files",
+        "LoRA files to add to the weights, each with how much of it: FILE or FILE:0.8.",
+        group="expert",
+        unset="none",
+    )
     output: str = _choice(
         "What the pipeline returns: 8-bit frames, float arrays or tensors, or undecoded latents.",
         OUTPUTS,
@@ -227,6 +234,8 @@ def expected(option: Option) -> str:
             return "a colour such as white or #ffcc00"
         case "device":
             return "a device such as cpu, cuda, cuda:1 or mps"
+        case "files":
+            return "a file or several, with commas between"
     noun = {"integer": "an integer", "number": "a number", "numbers": "a number or a list of them"}
     top = "2^63 - 1" if meta["max"] == 2**63 - 1 else meta["max"]
     return f"{noun[meta['kind']]} from {meta['min']} to {top}"
@@ -284,6 +293,8 @@ def _check(option: Option, value: Any) -> Any:
                 return _check_number(meta, value)
             case "numbers":
                 return _check_numbers(meta, value)
+            case "files":
+                return _check_files(value)
             case kind:
                 return _check_text(kind, meta["choices"], value)
     except (TypeError, ValueError):
@@ -310,6 +321,16 @@ def _check_numbers(meta: Mapping[str, Any], value: Any) -> tuple[float, ...]:
     if not numbers:
         raise ValueError
     return numbers
+
+
+def _check_files(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, str | PurePath | list | tuple):
+        raise TypeError
+    listed = str(value).split(",") if isinstance(value, str | PurePath) else map(str, value)
+    files = tuple(text.strip() for text in listed)
+    if not all(files):
+        raise ValueError
+    return files
 
 
 def _check_text(kind: str, choices: Sequence[str] | None, value: Any) -> str:

@@ -5,7 +5,7 @@ video goes. Shapes: t frames, z latent channels, f downsampling factor, h height
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -34,6 +34,7 @@ from sgm.inference.placement import FAST_GUIDED, Placement, choose_plan
 from sgm.inference.settings import ModelFiles, Settings, find_model, resolve
 from sgm.inference.tiling import decode_tiled
 from sgm.inference.videos import Video
+from sgm.inference.weights import given_lora
 from sgm.models.diffusion import DiffusionEngine
 from sgm.util import instantiate_from_config
 
@@ -114,6 +115,7 @@ class VideoPipeline:
         dtype: str | torch.dtype | None = None,
         optimize: str | None = None,
         memory: str | None = None,
+        lora: Sequence[str] | None = None,
     ) -> Self:
         """Load a named model.
 
@@ -133,13 +135,15 @@ class VideoPipeline:
             optimize: ``none``, ``exact`` or ``fast``, see :class:`SamplingOptions`; None for
                 ``exact``.
             memory: ``auto``, ``high``, ``low`` or ``min``, see there; None for ``auto``.
+            lora: files of low-rank updates, ``FILE[:scale]``, to add to the weights.
 
         Raises:
             ValueError: unknown name, missing or unfit file, device that is not there, other type.
             MemoryError: the device is too small; the message says what to try.
         """
         options = {"device": device, "dtype": dtype, "optimize": optimize, "memory": memory}
-        return cls.load(find_model(name, config, ckpt_path), SamplingOptions.from_dict(options))
+        files = find_model(name, config, ckpt_path, lora)
+        return cls.load(files, SamplingOptions.from_dict(options))
 
     @classmethod
     def load(
@@ -175,7 +179,8 @@ class VideoPipeline:
             f"{name} does not fit on {target}; try --dtype float16 or another --device"
         ):
             overlay = files.checkpoint if files.base else None
-            load_checkpoint(engine, files.base or files.checkpoint, overlay=overlay)
+            whole = files.base or files.checkpoint
+            load_checkpoint(engine, whole, overlay=overlay, loras=files.loras)
             number, optimize = number or default_dtype(target), asked.optimize or "exact"
             decided = asked.replace(device=str(target), dtype=number, optimize=optimize)
             native = files.spec.height, files.spec.width
@@ -213,6 +218,8 @@ class VideoPipeline:
             raise ValueError(
                 f"optimize is {self.optimize} in this pipeline, got {options.optimize}"
             )
+        if options.lora and tuple(map(given_lora, options.lora)) != self.files.loras:
+            raise ValueError(f"this pipeline has other weights: load one with lora {options.lora}")
         decided = options.replace(device=str(self.device), dtype=self.dtype, optimize=self.optimize)
         return settings_for(self.files, picture, decided)
 

@@ -158,7 +158,7 @@ def refuse_changes(
         found["input"] = "input_path", lambda: sha256_of_file(path)
     if not (asked.config or asked.version):
         found["config"] = "config", lambda: _sha256_of_config(files)
-    if not (asked.ckpt_path or asked.version):
+    if not (asked.ckpt_path or asked.version or "lora" in asked.options):
         found["checkpoint"] = "ckpt_path", checkpoint_sha256
     for name, (flag, sha256) in found.items():
         if sha256() != record[name]["sha256"]:

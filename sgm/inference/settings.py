@@ -3,7 +3,7 @@
 Nothing here needs weights, so that impossible wishes are refused before a model is loaded.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -17,7 +17,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from sgm.inference.files import user_path
 from sgm.inference.options import SamplingOptions
 from sgm.inference.specs import SPECS, ModelSpec, default_spec, find_config, get_spec
-from sgm.inference.weights import base_of, given_weights, own_weights, tell_model
+from sgm.inference.weights import base_of, given_lora, given_weights, own_weights, tell_model
 
 Config = dict[str, Any]
 
@@ -108,6 +108,7 @@ class ModelFiles:
         config: the ``model`` section of that.
         checkpoint: its weights, a file or a folder.
         base: the weights of what ``checkpoint`` lacks, where that is a U-Net alone.
+        loras: files of updates to add to the weights, and how much of each.
     """
 
     spec: ModelSpec
@@ -115,6 +116,7 @@ class ModelFiles:
     config: Config
     checkpoint: Path
     base: Path | None = None
+    loras: tuple[tuple[Path, float], ...] = ()
 
     def weight_files(self) -> tuple[Path, ...]:
         """All files that weights are read from.
@@ -123,15 +125,18 @@ class ModelFiles:
             ValueError: one cannot be read.
         """
         from sgm.checkpoint import open_checkpoint
+        from sgm.checkpoint.lora import lora_file
 
         paths = (self.checkpoint, self.base) if self.base else (self.checkpoint,)
-        return tuple(file for path in paths for file in open_checkpoint(path).files)
+        added = tuple(lora_file(path) for path, _ in self.loras)
+        return (*(file for path in paths for file in open_checkpoint(path).files), *added)
 
 
 def find_model(
     name: str | None = None,
     config: str | Path | None = None,
     ckpt_path: str | Path | None = None,
+    loras: Sequence[str] | None = None,
 ) -> ModelFiles:
     """Find the files of a named model, as :meth:`VideoPipeline.from_spec` describes.
 
@@ -150,7 +155,8 @@ def find_model(
         yaml = find_config(spec.name)
         model = read_config(yaml)
     checkpoint = given or own_weights(spec, (model.get("params") or {}).get("ckpt_path"))
-    return ModelFiles(spec, yaml, model, checkpoint, base_of(spec, checkpoint))
+    updates = tuple(map(given_lora, loras or ()))
+    return ModelFiles(spec, yaml, model, checkpoint, base_of(spec, checkpoint), updates)
 
 
 def _spec_of(config: Path | None, weights: Path | None) -> ModelSpec:

@@ -3,9 +3,10 @@
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 
-from sgm.inference.files import user_path
+from sgm.inference.files import is_there, user_path
 from sgm.inference.specs import SPECS, ModelSpec, find_path
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,28 @@ def own_weights(spec: ModelSpec, asked: str | None = None) -> Path:
             "--ckpt_path"
         )
     return found
+
+
+def given_lora(asked: str) -> tuple[Path, float]:
+    """The file of updates that the user names, and by how much to add it: ``FILE[:scale]``.
+
+    Raises:
+        ValueError: there is no such file or folder.
+    """
+    file, _, text = asked.rpartition(":")
+    try:
+        scale = float(text)
+    except ValueError:
+        file, scale = asked, 1.0
+    if not file or is_there(asked):  # a name that itself ends in a number
+        file, scale = asked, 1.0
+    path = find_path(user_path(file)) if is_there(file) else None
+    if path is None or not isfinite(scale):
+        raise ValueError(
+            f"lora {asked!r}: expected FILE or FILE:SCALE, such as motion.safetensors:0.8; there "
+            "is no such file or folder"
+        )
+    return path, scale
 
 
 def base_of(spec: ModelSpec, checkpoint: Path) -> Path | None:
