@@ -56,7 +56,7 @@ test: lint
 	$(BIN)/pytest -q
 
 lock:
-	uv pip compile -q --universal --python-version 3.11 --all-extras --upgrade --no-annotate \
+	uv pip compile -q --universal --python-version 3.11 --extra dev --upgrade --no-annotate \
 	    --no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock' \
 	    -o requirements.lock pyproject.toml
 

@@ -11,6 +11,7 @@ a kill, with the same loss curve.
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -53,7 +54,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Train; give the exit code."""
     args = parse(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # of several processes, one speaks
+    level = logging.INFO if first else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     try:
         from sgm.training.recipe import load_recipe
@@ -68,10 +71,11 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print("error: training needs Lightning: pip install pytorch-lightning", file=sys.stderr)
         return 2
-    except (OSError, ValueError) as exc:
+    except (MemoryError, OSError, ValueError) as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2
-    print(f"averaged weights: {weights}")
+    if first:
+        print(f"averaged weights: {weights}")
     return 0
 
 

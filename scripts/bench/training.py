@@ -170,7 +170,7 @@ def _loop(network: nn.Module, forward: Forward, given: _Given) -> Step:
                 out = forward(noisy / norm.sqrt(), 0.25 * sigma.flatten().log())
             denoised = noisy / norm - out.float() * sigma / norm.sqrt()
             loss = (norm / sigma.square() * (denoised - clean).square()).mean()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         OPTIM.clip_(parameters)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -181,7 +181,11 @@ def _loop(network: nn.Module, forward: Forward, given: _Given) -> Step:
 
 def _peak(preset: Preset, system: str, device: torch.device, checkpointing: bool) -> int:
     """Most memory of a process that runs this loop alone; see `_measure_peak`."""
-    job = {"model": preset.model, "changes": dict(preset.changes), "case": asdict(preset.cases[0])}
+    job: dict[str, Any] = {
+        "model": preset.model,
+        "changes": dict(preset.changes),
+        "case": asdict(preset.cases[0]),
+    }
     job |= {"system": system, "device": str(device), "checkpointing": checkpointing}
     command = [sys.executable, "-m", "scripts.bench.training", json.dumps(job)]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)

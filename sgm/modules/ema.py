@@ -5,13 +5,15 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class Ema:
     """Averages parameters in float32: ``shadow <- d shadow + (1 - d) parameter`` after each step.
 
     The decay warms up, ``d = min(decay, (1 + n) / (10 + n))`` at update ``n``, so that a short run
-    is not dominated by its initialisation.
+    is not dominated by its initialisation. Averages of parameters that are shared out over
+    processes (`DTensor`) are shared out alike.
 
     Args:
         parameters: (name, parameter) pairs; those that need no gradient are left out.
@@ -31,8 +33,8 @@ class Ema:
         """Take one step towards the present parameters."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        live = [p.detach().float() for p in self._live.values()]
-        torch._foreach_lerp_(list(self._shadow.values()), live, 1.0 - decay)
+        live = [local(p.detach()).float() for p in self._live.values()]
+        torch._foreach_lerp_([local(x) for x in self._shadow.values()], live, 1.0 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -58,11 +60,16 @@ class Ema:
         return self
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the averages by parameter name, and the number of updates under ``"updates"``."""
-        return {"updates": torch.tensor(self.updates), **self._shadow}
+        """Return the averages by parameter name, and the number of updates under ``"updates"``.
 
+        Averages that are shared out are `gathered`: all processes must call this.
+        """
+        whole = {name: gathered(shadow) for name, shadow in self._shadow.items()}
+        return {"updates": torch.tensor(self.updates), **whole}
+
+    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what ``state_dict`` gave.
+        """Take over what ``state_dict`` gave, whether it was shared out there or is here.
 
         Raises:
             ValueError: the names are not those of this model.
@@ -72,4 +79,29 @@ class Ema:
             raise ValueError(f"the averages are of another model; names that differ: {wrong[:5]}")
         self.updates = int(state["updates"])
         for name, shadow in self._shadow.items():
-            shadow.copy_(state[name])
+            shadow.copy_(shared_like(shadow, state[name]))
+
+
+def local(x: Tensor) -> Tensor:
+    """Return what this process holds of a tensor: the same memory."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def gathered(x: Tensor) -> Tensor:
+    """Put a tensor together that is shared out, on the CPU of the first process; others stay.
+
+    All processes must call this, and those after the first get their share back.
+    """
+    if not isinstance(x, DTensor):
+        return x
+    whole = x.full_tensor()
+    return whole.cpu() if x.device_mesh.get_rank() == 0 else x
+
+
+def shared_like(like: Tensor, whole: Tensor) -> Tensor:
+    """Share out a tensor that every process has, as ``like`` is."""
+    if not isinstance(like, DTensor):
+        return whole
+    mesh, placements = like.device_mesh, like.placements
+    device = like.to_local().device
+    return distribute_tensor(whole.to(device), mesh, placements, src_data_rank=None)

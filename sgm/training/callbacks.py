@@ -1,4 +1,4 @@
-"""Lightning callbacks: checkpoints that a kill leaves whole, and the log."""
+"""Lightning callbacks: when the state is written, and the log."""
 
 import time
 from pathlib import Path
@@ -10,7 +10,7 @@ from sgm.training.log import JsonLines
 
 
 class LastCheckpoint(pl.Callback):
-    """Keeps ``last.ckpt``: written under a temporary name, then renamed.
+    """Keeps ``last.ckpt``; `sgm.training.strategies.WholeFiles` writes it.
 
     Args:
         folder: where it stands.
@@ -38,10 +38,7 @@ class LastCheckpoint(pl.Callback):
 
     def _save(self, trainer: pl.Trainer) -> None:
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
-        temporary = self.path.with_suffix(".part")
-        trainer.save_checkpoint(temporary)
-        if trainer.is_global_zero:
-            temporary.replace(self.path)
+        trainer.save_checkpoint(self.path, weights_only=False)
 
 
 class JsonLog(pl.Callback):

@@ -1,12 +1,27 @@
-"""The log of a run: one JSON object on a line, by step."""
+"""What a run says: one JSON object on a line, by step, and the names of clips."""
 
 import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
+from typing import Any
+
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
+
+
+def named_clips(batch: Mapping[str, Tensor], dataset: Any = None) -> str:
+    """Name the clips of a batch in a message: ``, with a.mp4, b.mp4``.
+
+    Args:
+        batch: ``index`` in it are the clips' numbers; without it there is nothing to say.
+        dataset: its ``describe`` names the file of a number; without it the number stands there.
+    """
+    numbers = [int(i) for i in batch["index"]] if "index" in batch else []
+    describe = getattr(dataset, "describe", lambda number: f"clip {number}")
+    return f", with {', '.join(map(describe, numbers))}" if numbers else ""
 
 
 class JsonLines:

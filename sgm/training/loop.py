@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 from sgm.modules.ema import Ema
 from sgm.training import snapshot
 from sgm.training.attention import training_attention
-from sgm.training.draws import StepBatches, step_generator
-from sgm.training.log import JsonLines
+from sgm.training.draws import StepBatches, clip_generators
+from sgm.training.log import JsonLines, named_clips
 from sgm.training.optim import ADVICE, Optim, set_rate
 from sgm.training.tasks import Task, select_trainable
 
@@ -131,7 +131,8 @@ class Run:
         Raises:
             ValueError: the loss or the gradient is not finite.
         """
-        generator = step_generator(self.seed, self.step)
+        count = len(next(iter(batch.values())))
+        generator = clip_generators(self.seed, self.step * count, count)
         torch.manual_seed(generator.initial_seed())  # dropout inside networks
         batch = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
         set_rate(self.optimizer, self.optim.rate(self.step - self.optimizer_start, progress))
@@ -139,7 +140,9 @@ class Run:
         with autocast, training_attention(self.device):
             loss, logs = self.task(self.engine, batch, generator)
         if not torch.isfinite(loss):
-            raise ValueError(f"the loss at step {self.step} is {loss.item()}: {ADVICE}")
+            raise ValueError(
+                f"the loss at step {self.step} is {loss.item()}{named_clips(batch)}: {ADVICE}"
+            )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = self.optim.clip_(self.parameters)
@@ -193,7 +196,8 @@ def batches(
         seed: the run's seed.
         step: the first step.
     """
-    sampler = StepBatches(len(dataset), batch_size, seed, step)  # type: ignore[arg-type]
+    groups = getattr(dataset, "groups", None)
+    sampler = StepBatches(len(dataset), batch_size, seed, step, groups=groups)  # type: ignore[arg-type]
     return iter(
         DataLoader(
             dataset, batch_sampler=sampler, num_workers=workers, worker_init_fn=_outlive_signals

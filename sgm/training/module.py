@@ -1,5 +1,6 @@
 """An engine in Lightning: the same tasks, draws and rates as in the plain runner."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,18 +10,22 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sgm.config import build
+from sgm.modules.draws import ClipGenerators
 from sgm.modules.ema import Ema
 from sgm.training.attention import training_attention
-from sgm.training.draws import StepBatches, step_generator
+from sgm.training.draws import StepBatches, clip_generators
+from sgm.training.log import named_clips
 from sgm.training.optim import ADVICE, Optim, set_rate
+from sgm.training.strategies import shard
 from sgm.training.tasks import Task, select_trainable
 
 
 class TrainingModule(pl.LightningModule):
     """Trains the parts of ``engine`` that the task names; averages them in ``ema``.
 
-    The learning rate and all draws are functions of the step, so a run continued from a checkpoint
-    goes on as if it had never stopped.
+    The learning rate is a function of the step, and all draws for a clip are functions of its
+    position in the run. So a run continued from a checkpoint goes on as if it had never stopped,
+    also where the processes share its global batch in another way.
 
     Args:
         engine: `DiffusionEngine` or `AutoencodingEngine`.
@@ -29,14 +34,22 @@ class TrainingModule(pl.LightningModule):
         seed: of all draws.
     """
 
+    ema: Ema
+
     def __init__(self, engine: nn.Module, task: Task, optim: Optim, seed: int) -> None:
         super().__init__()
         self.engine, self.task, self.optim, self.seed = engine, task, optim, seed
         self.trained = select_trainable(engine, task.trainable)
-        self.ema = Ema(engine.named_parameters(), optim.ema)
         self._micro_step = 0
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    def configure_model(self) -> None:
+        """Share the parameters out where the strategy asks for it; begin the averages."""
+        if self.device_mesh is not None:
+            shard(self.engine, self.device_mesh["data_parallel"])
+            self.trained = [p for p in self.engine.parameters() if p.requires_grad]
+        self.ema = Ema(self.engine.named_parameters(), self.optim.ema)
+
+    def configure_optimizers(self) -> Any:
         """Make the optimiser."""
         return self.optim.build(self.trained)
 
@@ -53,25 +66,51 @@ class TrainingModule(pl.LightningModule):
         progress = self.global_step / self.trainer.max_steps
         set_rate(self.trainer.optimizers[0], self.optim.rate(self.global_step, progress))
 
-    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+    def generators(self, batch: Mapping[str, Tensor]) -> ClipGenerators:
+        """Return the generators of the next batch, and seed torch's own by them."""
+        count = len(next(iter(batch.values())))
+        first = (self._micro_step * self.trainer.world_size + self.global_rank) * count
+        made = clip_generators(self.seed, first, count)
+        torch.manual_seed(made.initial_seed())  # dropout inside networks
+        self._micro_step += 1
+        return made
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor | None:
         """Return the loss of a batch.
 
         Raises:
-            ValueError: the loss is not finite.
+            ValueError: the loss is not finite; names the clips.
         """
-        generator = step_generator(self.seed, self._micro_step, self.global_rank)
-        torch.manual_seed(generator.initial_seed())  # dropout inside networks
-        self._micro_step += 1
+        generator = self.generators(batch)
         with training_attention(self.device):
             loss, logs = self.task(self.engine, batch, generator)
-        if not torch.isfinite(loss):
-            raise ValueError(f"the loss at step {self.global_step} is {loss.item()}: {ADVICE}")
-        self.log_dict({"loss": loss.detach(), **logs})
+        self.require_finite(loss, batch)
+        self.log_dict({"loss": loss.detach(), **logs}, sync_dist=True)
         return loss
 
+    def require_finite(self, loss: Tensor, batch: Mapping[str, Tensor]) -> None:
+        """Make sure that there is something to learn from.
+
+        Raises:
+            ValueError: the loss is not finite; names the clips.
+        """
+        if not torch.isfinite(loss):
+            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            raise ValueError(
+                f"the loss at step {self.global_step} is {loss.item()}"
+                f"{named_clips(batch, data.dataset)}: {ADVICE}"
+            )
+
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        """Limit the gradient's norm as the recipe says."""
-        self.log("norm", self.optim.clip_(self.trained))
+        """Limit the gradient's norm as the recipe says.
+
+        Raises:
+            ValueError: the gradient is not finite.
+        """
+        norm = self.optim.clip_(self.trained)
+        if not math.isfinite(norm) and self.trainer.scaler is None:  # a scaler skips such steps
+            raise ValueError(f"the gradient at step {self.global_step} is not finite: {ADVICE}")
+        self.log("norm", norm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Take an optimiser step, then average the weights."""
@@ -116,5 +155,6 @@ class StepData(pl.LightningDataModule):
             step=trainer.global_step * trainer.accumulate_grad_batches,
             rank=trainer.global_rank,
             world=trainer.world_size,
+            groups=getattr(self.dataset, "groups", None),
         )
         return DataLoader(self.dataset, batch_sampler=sampler, num_workers=self.workers)

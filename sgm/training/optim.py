@@ -3,12 +3,17 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import nn
 
 ADVICE = "lower training.optim.lr and continue from the last saved state"
 """What to do about a loss that is not finite."""
+
+MOMENT_BYTES = {"adamw": 8, "adamw_8bit": 2}
+"""Bytes that each kind of optimiser keeps for a parameter."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,7 @@ class Optim:
         betas: AdamW's two averaging constants.
         clip: largest norm of the gradient; 0 for no limit.
         ema: decay of the average of the weights.
+        kind: ``adamw``; or ``adamw_8bit``, by bitsandbytes, whose moments take a quarter.
     """
 
     lr: float
@@ -32,6 +38,7 @@ class Optim:
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = 0.0
     ema: float = 0.999
+    kind: str = "adamw"
 
     def __post_init__(self) -> None:
         if self.lr <= 0 or self.warmup < 0 or not 0 <= self.final <= 1 or self.clip < 0:
@@ -39,9 +46,17 @@ class Optim:
                 f"training.optim: expected lr > 0, warmup >= 0, final in [0, 1] and clip >= 0, "
                 f"got {self}"
             )
+        if self.kind not in MOMENT_BYTES:
+            raise ValueError(
+                f"training.optim.kind: expected {' or '.join(MOMENT_BYTES)}, got {self.kind!r}"
+            )
 
-    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
-        """Make the optimiser, in its fused form: one pass over the memory."""
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """Make the optimiser, in its fused form: one pass over the memory.
+
+        Raises:
+            ValueError: the package that it comes from is missing.
+        """
         params = list(parameters)
         groups = [
             {"params": [p for p in params if p.ndim > 1], "weight_decay": self.weight_decay},
@@ -49,6 +64,8 @@ class Optim:
         ]
         groups = [group for group in groups if group["params"]]
         beta1, beta2 = self.betas
+        if self.kind == "adamw_8bit":
+            return _bitsandbytes().AdamW8bit(groups, lr=self.lr, betas=(beta1, beta2))
         return torch.optim.AdamW(groups, lr=self.lr, betas=(beta1, beta2), fused=True)
 
     def rate(self, step: int, progress: float) -> float:
@@ -65,6 +82,20 @@ class Optim:
     def clip_(self, parameters: Iterable[nn.Parameter]) -> float:
         """Limit the gradient's norm in place and return the norm it had."""
         return float(nn.utils.clip_grad_norm_(parameters, self.clip or math.inf))
+
+
+def _bitsandbytes() -> Any:
+    """The package's optimisers.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        return import_module("bitsandbytes.optim")
+    except ModuleNotFoundError as exc:
+        raise ValueError(
+            "training.optim.kind adamw_8bit needs bitsandbytes: pip install bitsandbytes"
+        ) from exc
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

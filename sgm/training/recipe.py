@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    InterpolationToMissingValueError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from sgm.config import check_types
@@ -52,6 +56,9 @@ def section(recipe: DictConfig, name: str) -> dict[str, Any]:
     try:
         node = OmegaConf.select(recipe, name)
         plain = OmegaConf.to_container(node, resolve=True) if node is not None else None
+    except InterpolationToMissingValueError as exc:
+        key = str(exc).splitlines()[0].rpartition(" ")[2]
+        raise ValueError(f"{key}: expected a value, got none: give {key}=...") from exc
     except OmegaConfBaseException as exc:
         raise ValueError(f"section '{name}': {str(exc).splitlines()[0]}") from exc
     if not isinstance(plain, dict):
@@ -92,11 +99,20 @@ def _override(recipe: DictConfig, override: str) -> DictConfig:
     assignment = override.removeprefix("+")
     key = assignment.partition("=")[0]
     try:
-        if override == assignment and OmegaConf.select(recipe, key, default=_ABSENT) is _ABSENT:
+        if override == assignment and not _has(recipe, key):
             raise ValueError(f"the recipe has no key '{key}'; to add it, write +{override}")
         return cast(DictConfig, OmegaConf.merge(recipe, OmegaConf.from_dotlist([assignment])))
     except (OmegaConfBaseException, YAMLError, TypeError) as exc:
         raise ValueError(f"{override}: {str(exc).splitlines()[0]}") from exc
+
+
+def _has(recipe: DictConfig, key: str) -> bool:
+    """Whether a recipe has a key, also one whose value is yet to be given (``???``)."""
+    if OmegaConf.select(recipe, key, default=_ABSENT) is not _ABSENT:
+        return True
+    parent, _, name = key.rpartition(".")
+    node = OmegaConf.select(recipe, parent) if parent else recipe
+    return isinstance(node, DictConfig) and OmegaConf.is_missing(node, name)
 
 
 def _read(path: str | Path) -> DictConfig:

@@ -10,24 +10,43 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
+from torch.utils.data import default_collate
 
 from sgm.checkpoint import open_checkpoint, read_state_dict
 from sgm.config import build, check_arguments
-from sgm.training.assemble import OTHER_SEED, measure_latents, start_from_first_stage, write_half
+from sgm.device import memory_errors
+from sgm.training import snapshot
+from sgm.training.assemble import OTHER_SEED, measure_latents, start_from_first_stage
 from sgm.training.callbacks import JsonLog, LastCheckpoint
+from sgm.training.decoder_task import AdversarialModule, AdversarialTask
+from sgm.training.export import export
 from sgm.training.loop import batches
+from sgm.training.lora import adapt
+from sgm.training.memory import announce
 from sgm.training.module import StepData, TrainingModule
 from sgm.training.recipe import engine_config, engine_section, typed
+from sgm.training.reporting import make_logger
+from sgm.training.savings import chunk_feed_forwards, store_weights
 from sgm.training.settings import Data, Lightning, Training
+from sgm.training.strategies import WholeFiles
 from sgm.training.tasks import ReconstructionTask
+from sgm.util import counted
 
 logger = logging.getLogger(__name__)
 
 SCALE_TOLERANCE = 0.02
 
+SMALLER = (
+    "lower data.batch_size (and raise lightning.trainer.accumulate_grad_batches), train fewer "
+    "parts, or share the model out with configs/training/strategies/fsdp2.yaml"
+)
+"""What to do where memory is too small."""
+
+NARROW = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+"""Types that autocast takes products in, by ``lightning.trainer.precision``."""
+
 _TRAINER = {
     "max_epochs": -1,  # steps count; an epoch has no end
-    "logger": False,
     "use_distributed_sampler": False,  # StepData shares the items out itself
     "enable_model_summary": False,
 }
@@ -42,7 +61,8 @@ _EXPECTED = (
 def train(recipe: DictConfig, folder: Path, resume: bool) -> Path:
     """Train until ``lightning.trainer.max_steps`` and return the file of averaged weights.
 
-    The folder gets ``recipe.yaml``, ``log.jsonl``, ``last.ckpt`` and ``weights.safetensors``.
+    The folder gets ``recipe.yaml``, ``log.jsonl``, ``last.ckpt`` and ``weights.safetensors``, or
+    with adapters ``lora.safetensors``.
 
     Args:
         recipe: the merged recipe.
@@ -71,22 +91,61 @@ def train(recipe: DictConfig, folder: Path, resume: bool) -> Path:
         for message in _EXPECTED:
             warnings.filterwarnings("ignore", message)
         trainer = _trainer(lightning, folder)
-        trainer.fit(module, data, ckpt_path=last if last.exists() else None)
-    weights = folder / "weights.safetensors"
-    if trainer.is_global_zero:
-        _write_averages(module, data, weights)
+        if last.is_file():  # DeepSpeed's are folders
+            _require_state_of(module, last)
+        if trainer.is_global_zero:
+            _announce_memory(module, data, trainer)
+        with memory_errors(SMALLER):
+            trainer.fit(module, data, ckpt_path=last if last.exists() else None)
+    weights = folder / ("lora.safetensors" if settings.lora else "weights.safetensors")
+    notes = {"steps": str(module.ema.updates)} | _measure(module, data)
+    if trainer.is_global_zero and last.is_file():
+        export(last, weights, dtype=torch.float16, force=True, notes=notes)
     return weights
+
+
+def _announce_memory(module: TrainingModule, data: StepData, trainer: pl.Trainer) -> None:
+    """Log what the run will take. Strategies that share a model out need less on each device."""
+
+    def first_batch() -> dict[str, Any]:
+        groups = getattr(data.dataset, "groups", [[0]])
+        item = data.dataset[groups[0][0]]
+        return dict(default_collate([item] * data.batch_size))
+
+    narrow = NARROW.get(str(trainer.precision))
+    parts = (module.engine, module.task, module.optim)
+    announce(*parts, first_batch, narrow, trainer.strategy.root_device)
+
+
+def _require_state_of(module: TrainingModule, path: Path) -> None:
+    """Make sure that a state is whole and that of this model.
+
+    Raises:
+        ValueError: it is not.
+    """
+    stored = snapshot.load(path, mapped=True).get("state_dict", {})
+    found = {name: x.shape for name, x in stored.items()}
+    wanted = {name: x.shape for name, x in module.state_dict().items()}
+    differing = sorted(name for name, _ in found.items() ^ wanted.items())
+    if differing:
+        faults = counted(differing, "tensor", "missing, unexpected or of another shape")
+        raise ValueError(f"{path} is of another model, or damaged: {faults}")
 
 
 def _module(recipe: DictConfig, settings: Training) -> TrainingModule:
     config = engine_config(recipe)
     torch.manual_seed(settings.seed)
-    engine = build(config, engine_section(recipe)).float()
+    engine = build(config, engine_section(recipe))
     if settings.first_stage:
-        start_from_first_stage(engine, read_state_dict(settings.first_stage))
+        start_from_first_stage(engine.float(), read_state_dict(settings.first_stage))
         _compare_scale(engine, settings.first_stage)
+    if settings.lora:
+        adapt(engine, settings.lora, settings.seed)
+    chunk_feed_forwards(engine, settings.memory.feed_forward_chunks)
     task = build(settings.task, "training.task")
-    module = TrainingModule(engine, task, settings.optim, settings.seed)
+    kind = AdversarialModule if isinstance(task, AdversarialTask) else TrainingModule
+    module = kind(engine, task, settings.optim, settings.seed)
+    store_weights(engine, getattr(torch, settings.memory.frozen))
     if not (settings.first_stage or _names_weights(config) or _trains_encoder(engine)):
         raise ValueError(
             "the autoencoder would be random: give the weights of a trained one by "
@@ -120,16 +179,20 @@ def _trains_encoder(engine: Any) -> bool:
 
 def _trainer(lightning: Lightning, folder: Path) -> pl.Trainer:
     callbacks = [
-        LastCheckpoint(folder, lightning.save.steps, lightning.save.minutes),
         JsonLog(folder, lightning.log.every),
         *(build(c, f"lightning.callbacks.{name}") for name, c in lightning.callbacks.items()),
+        # The last: what belongs to a step has been done when its state is saved.
+        LastCheckpoint(folder, lightning.save.steps, lightning.save.minutes),
     ]
     own = any(isinstance(callback, pl.callbacks.ModelCheckpoint) for callback in callbacks)
     options = {
         "default_root_dir": folder,
         "enable_checkpointing": own,
         "callbacks": callbacks,
-        **lightning.trainer,
+        "plugins": [WholeFiles()],
+        "logger": make_logger(lightning.log.to, folder),
+        "log_every_n_steps": lightning.log.every,
+        **{name: _made(name, value) for name, value in lightning.trainer.items()},
     }
     check_arguments(pl.Trainer, lightning.trainer, "lightning.trainer")
     try:
@@ -138,12 +201,18 @@ def _trainer(lightning: Lightning, folder: Path) -> pl.Trainer:
         raise ValueError(f"lightning.trainer: {' '.join(str(exc).split())}") from exc
 
 
-def _write_averages(module: TrainingModule, data: StepData, path: Path) -> None:
-    """Write the averaged weights; of an autoencoder, measure what its latents look like as well."""
-    notes = {"steps": str(module.ema.updates)}
+def _made(name: str, value: Any) -> Any:
+    """An argument of the trainer; a config, such as that of a strategy, is built."""
+    described = isinstance(value, dict) and "target" in value
+    return build(value, f"lightning.trainer.{name}") if described else value
+
+
+def _measure(module: TrainingModule, data: StepData) -> dict[str, str]:
+    """Of an autoencoder, measure what the latents of its averaged weights look like."""
+    if not isinstance(module.task, ReconstructionTask):
+        return {}
+    other = batches(data.dataset, data.batch_size, 0, module.seed + OTHER_SEED, 0)
     with module.ema.applied():
-        if isinstance(module.task, ReconstructionTask):
-            other = batches(data.dataset, data.batch_size, 0, module.seed + OTHER_SEED, 0)
-            notes["latents"] = json.dumps(measure_latents(module.engine, other))
-            logger.info("latents: %s", notes["latents"])
-        write_half(module.engine.state_dict(), path, notes)
+        latents = json.dumps(measure_latents(module.engine, other))
+    logger.info("latents: %s", latents)
+    return {"latents": latents}

@@ -7,6 +7,44 @@ from sgm.training.optim import Optim
 
 Config = dict[str, Any]
 
+FROZEN_TYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Section `training.lora`: low-rank adapters, see `sgm.modules.lora`.
+
+    Attributes:
+        targets: patterns of the layers that get one, by their names in the engine.
+        rank: of the updates.
+        alpha: their weight, as a multiple of 1 / rank; None for the rank.
+    """
+
+    targets: list[str]
+    rank: int = 16
+    alpha: float | None = None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Section `training.memory`: what makes training take less, see `sgm.training.savings`.
+
+    Attributes:
+        frozen: type of the weights that do not learn, but for autoencoders': ``float32``,
+            ``bfloat16`` or ``float16``.
+        feed_forward_chunks: pieces that feed-forwards are computed in.
+    """
+
+    frozen: str = "float32"
+    feed_forward_chunks: int = 1
+
+    def __post_init__(self) -> None:
+        if self.frozen not in FROZEN_TYPES or self.feed_forward_chunks < 1:
+            raise ValueError(
+                f"training.memory: expected frozen to be one of {', '.join(FROZEN_TYPES)} and "
+                f"feed_forward_chunks >= 1, got {self.frozen} and {self.feed_forward_chunks}"
+            )
+
 
 @dataclass(frozen=True)
 class Training:
@@ -18,6 +56,8 @@ class Training:
         optim: optimiser settings.
         plan: `sgm.training.loop.Plan`, for the plain runner.
         first_stage: weights of a trained autoencoder to start from, for Lightning.
+        lora: adapters; what learns is still what the task names, such as ``*.lora_*``.
+        memory: what makes training take less memory.
     """
 
     seed: int
@@ -25,6 +65,8 @@ class Training:
     optim: Optim
     plan: Config = field(default_factory=dict)
     first_stage: str | None = None
+    lora: Lora | None = None
+    memory: Memory = field(default_factory=Memory)
 
 
 @dataclass(frozen=True)
@@ -36,12 +78,14 @@ class Data:
         batch_size: items of a batch, on each process.
         workers: processes that load ahead; 0 to load in the one that trains.
         cache: `Cache`, for the plain runner.
+        root: where the data lies, for recipes whose ``dataset`` refers to it.
     """
 
     dataset: Config
     batch_size: int
     workers: int
     cache: Config = field(default_factory=dict)
+    root: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,9 +120,12 @@ class Log:
 
     Attributes:
         every: steps of a line, which gives means over them.
+        to: what also shows the numbers and videos: ``tensorboard``, ``wandb`` or ``none``; None for
+            TensorBoard if it is installed.
     """
 
     every: int = 1
+    to: str | None = None
 
 
 @dataclass(frozen=True)

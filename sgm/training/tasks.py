@@ -8,6 +8,7 @@ Shapes: b clips, t frames, c channels, z latent channels, h height, w width.
 """
 
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Protocol
 
@@ -15,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sgm.training.batch import condition_batch
+from sgm.modules.draws import draw
+from sgm.training.batch import condition_batch, precomputed_batch
 from sgm.training.latents import latent_modes
 
 Batch = Mapping[str, Tensor]
@@ -36,33 +38,40 @@ class Task(Protocol):
 
 
 def select_trainable(engine: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:
-    """Freeze ``engine`` except the parameters whose names start with one of ``names``; give those.
+    """Freeze ``engine`` except what ``names`` stand for; give the parameters that learn.
 
-    The named modules are put in training mode, the others in evaluation mode; the conditioner
-    itself always trains, so that conditionings drop out where its embedders are frozen.
+    Modules with something that learns are put in training mode, the others in evaluation mode. The
+    conditioner itself always trains, so that conditionings drop out where its embedders are frozen.
+
+    Args:
+        engine: the model.
+        names: of parts or parameters, or patterns of such as in a shell, whose ``*`` also stands
+            for dots: ``*.time_stack`` are all temporal layers.
 
     Raises:
         ValueError: a name selects nothing, or an embedder that is not trainable.
     """
-    prefixes = [tuple(name.split(".")) for name in names]
-    found: set[tuple[str, ...]] = set()
+    lost = list(names)
     for name, parameter in engine.named_parameters():
-        path = tuple(name.split("."))
-        hits = {prefix for prefix in prefixes if path[: len(prefix)] == prefix}
+        hits = [n for n in names if fnmatchcase(name, n) or fnmatchcase(name, f"{n}.*")]
         parameter.requires_grad_(bool(hits))
-        found |= hits
-    lost = [".".join(p) for p in prefixes if p not in found]
+        lost = [n for n in lost if n not in hits]
     if lost:
         raise ValueError(f"training.task.params.trainable: no parameters under {', '.join(lost)}")
     _refuse_fixed_embedders(engine)
-    engine.eval()
-    modules = dict(engine.named_modules())
-    for name in names:
-        if name in modules:  # else it is a single parameter
-            modules[name].train()
-    if "conditioner" in modules:
-        modules["conditioner"].training = True  # not train(), which would reach the embedders
+    _set_modes(engine, training=True)
+    conditioner: Any = getattr(engine, "conditioner", None)
+    if conditioner is not None:
+        conditioner.training = True  # not train(), which would reach the embedders
     return [p for p in engine.parameters() if p.requires_grad]
+
+
+def _set_modes(module: nn.Module, training: bool) -> None:
+    """Put what learns in training mode; what has no parameters follows what it is in."""
+    parameters = list(module.parameters())
+    module.training = any(p.requires_grad for p in parameters) if parameters else training
+    for child in module.children():
+        _set_modes(child, module.training)
 
 
 def _refuse_fixed_embedders(engine: nn.Module) -> None:
@@ -142,11 +151,13 @@ class DiffusionTask:
     """Image to video: the engine's denoising loss, given the first frame.
 
     Args:
-        trainable: names of the parts that learn.
+        trainable: what learns, see `select_trainable`.
         aug_mean: mean of the logarithm of the condition frame's noise level.
         aug_std: its standard deviation.
+        frames_at_once: frames that the first stage encodes at once; None for the engine's own
+            number. The result is the same; the fewer, the less memory.
 
-    The dropout of conditionings is the conditioner's own (``ucg_rate`` of an embedder).
+    The dropout of conditionings is the conditioner's own (``ucg_rates``).
     """
 
     def __init__(
@@ -154,52 +165,77 @@ class DiffusionTask:
         trainable: Sequence[str] = ("model",),
         aug_mean: float = -3.0,
         aug_std: float = 0.5,
+        frames_at_once: int | None = None,
     ) -> None:
         self.trainable = tuple(trainable)
         self.aug_mean, self.aug_std = aug_mean, aug_std
+        self.frames_at_once = frames_at_once
 
     def __call__(
         self, engine: Any, batch: Batch, generator: torch.Generator
     ) -> tuple[Tensor, Logs]:
-        """Take clips as ``frames`` (b, t, 3, h, w) in [-1, 1], or as their ``latents``
-        (b, t, z, h / f, w / f), scaled, and ``first_frame`` (b, 3, h, w).
+        """Take clips: ``frames`` (b, t, 3, h, w) in [-1, 1], or what was computed of them before.
 
-        Every other entry of the batch is a number for each clip that the conditioner may ask for.
+        That is ``latents`` (b, t, z, h / f, w / f), scaled, with ``first_frame`` (b, 3, h, w) or
+        with the conditions that `sgm.training.batch.precomputed_batch` takes. Every other entry is
+        a number for each clip that the conditioner may ask for; ``index`` is the clip's own.
         """
         if engine.loss_fn is None:
             raise ValueError("model.params.loss_fn_config: expected a loss to train with, got none")
-        scalars = {k: v for k, v in batch.items() if k not in _PICTURES}
-        latents, first = _latents(engine, batch)
-        cond = condition_batch(
-            first, scalars, latents.shape[1], generator, self.aug_mean, self.aug_std
-        )
+        latents = self._latents(engine, batch)
+        cond, given = self._conditions(engine, batch, latents.shape[1], generator)
         losses = engine.loss_fn(
             engine.model,
             engine.denoiser,
-            partial(engine.conditioner, generator=generator),
+            partial(engine.conditioner, generator=generator, given=given),
             latents.flatten(0, 1),
             cond,
             generator=generator,
         )
         return losses.mean(), {}
 
+    def _latents(self, engine: Any, batch: Batch) -> Tensor:
+        """Clean latents (b, t, z, ...) in float32."""
+        if "latents" in batch:
+            return batch["latents"].float()
+        frames = batch["frames"]
+        rows = frames.flatten(0, 1)
+        with torch.autocast(frames.device.type, enabled=False):  # half types overflow in some
+            parts = [latent_modes(engine, x) for x in rows.split(self.frames_at_once or len(rows))]
+        return torch.cat(parts).unflatten(0, frames.shape[:2])
 
-_PICTURES = ("frames", "latents", "first_frame")
+    def _conditions(
+        self, engine: Any, batch: Batch, frames: int, generator: torch.Generator
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Entries for conditioner and network, and embeddings that are there already.
+
+        Raises:
+            ValueError: an embedder is to learn whose results the data has.
+        """
+        scalars = {key: value for key, value in batch.items() if key not in _NOT_SCALARS}
+        if "cond_latents" not in batch:
+            first = batch["first_frame"] if "first_frame" in batch else batch["frames"][:, 0]
+            noise = (self.aug_mean, self.aug_std)
+            return condition_batch(first, scalars, frames, generator, *noise), {}
+        cond, given = precomputed_batch(batch, frames, generator)
+        for number, key in enumerate(engine.conditioner.input_keys):
+            learns = any(p.requires_grad for p in engine.conditioner.embedders[number].parameters())
+            if key in given and learns:
+                raise ValueError(
+                    f"training.task.params.trainable names conditioner.embedders.{number}, whose "
+                    "results are computed beforehand in this data: leave it out, or train on frames"
+                )
+        return scalars | cond, given
 
 
-def _latents(engine: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return clean latents (b, t, z, ...) in float32, and first frames."""
-    if "latents" in batch:
-        return batch["latents"].float(), batch["first_frame"]
-    frames = batch["frames"]
-    with torch.autocast(frames.device.type, enabled=False):  # half types overflow in some stages
-        latents = latent_modes(engine, frames.flatten(0, 1))
-    return latents.unflatten(0, frames.shape[:2]), frames[:, 0]
+_NOT_SCALARS = frozenset(
+    ("frames", "latents", "first_frame", "cond_latents", "cond_aug", "image_embedding", "index")
+)
 
 
 def _normal(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Tensor:
-    return torch.randn(*shape, generator=generator).to(like)
+    return draw(torch.randn, shape, generator).to(like)
 
 
 def _uniform(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Tensor:
-    return torch.rand(*shape, generator=generator).to(like)
+    return draw(torch.rand, shape, generator).to(like)

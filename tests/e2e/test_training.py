@@ -10,13 +10,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from statistics import mean
 
 import pytest
 import torch
-import torch.nn.functional as F
-from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -25,59 +22,14 @@ from scripts import train_tiny
 from sgm.training.recipe import load_recipe
 from sgm.training.stages import Stage, encode_latents, train_unet
 from sgm.util import instantiate_from_config
-from tests.tiny import FRAMES, tiny_config, write_tiny_checkpoint
-
-ROOT = Path(__file__).resolve().parents[2]
-STEPS = 12
+from tests.runs import ROOT, STEPS, curve, write_photos, write_recipe
+from tests.tiny import tiny_config, write_tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     """Three smooth pictures in a tensor file."""
-    g = torch.Generator().manual_seed(0)
-    path = tmp_path_factory.mktemp("photos") / "photos.safetensors"
-    coarse = torch.rand(3, 3, 8, 10, generator=g)
-    fine = F.interpolate(coarse, size=(80, 100), mode="bicubic").clamp(0, 1)
-    save_file({f"photo{i}": picture for i, picture in enumerate((fine * 255).byte())}, path)
-    return path
-
-
-def write_recipe(folder, photos, name, **changes):
-    """Write one of the shipped recipes around the tiny model, made short, and return its path."""
-    shipped = OmegaConf.load(ROOT / "configs" / "training" / f"{name}.yaml")
-    shipped.pop("include")
-    params = {"photos": str(photos), "size": [32, 32], "length": 40}
-    if name != "svd_tiny_autoencoder":
-        params["frames"] = FRAMES
-    short = {
-        "training": {
-            "optim": {"warmup": 2, "ema": 0.9},
-            "plan": {"steps": STEPS, "minutes": None, "save_minutes": 0.002, "log_every": 1},
-        },
-        "data": {"dataset": {"params": params}, "batch_size": 2, "workers": 0},
-        "lightning": {
-            "trainer": {
-                "max_steps": STEPS,
-                "accelerator": "cpu",
-                "devices": 1,
-                "precision": "32-true",
-                "enable_progress_bar": False,
-            },
-            "save": {"steps": 2},
-        },
-    }
-    merged = OmegaConf.merge(tiny_config(scale_factor=2.0), shipped, short)
-    merged.model.params.conditioner_config.params.emb_models[0].is_trainable = True
-    for path, value in changes.items():
-        OmegaConf.update(merged, path, value)
-    OmegaConf.save(merged, folder / f"{name}.yaml")
-    return folder / f"{name}.yaml"
-
-
-def curve(log):
-    """Step, learning rate, loss and gradient norm of each line."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    return [(line["step"], line["lr"], line["loss"], line["norm"]) for line in lines]
+    return write_photos(tmp_path_factory.mktemp("photos") / "photos.safetensors")
 
 
 def kill_at_some_step(command, log):
@@ -110,8 +62,8 @@ def test_plain_run_continues_after_a_kill(tmp_path, photos):
     assert train_tiny.main([*common, "--out", str(killed.parent)]) == 0
     assert train_tiny.main([*common, "--out", str(tmp_path / "whole")]) == 0
     whole = tmp_path / "whole" / "autoencoder"
-    assert len(curve(whole / "log.jsonl")) == STEPS
-    assert curve(killed / "log.jsonl") == curve(whole / "log.jsonl")
+    assert len(curve(whole)) == STEPS
+    assert curve(killed) == curve(whole)
     states = [torch.load(folder / "state.pt")["ema"] for folder in (killed, whole)]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
@@ -127,8 +79,8 @@ def test_lightning_run_continues_after_a_kill(tmp_path, photos):
     with pytest.raises(ValueError, match="--resume"):
         train(load_recipe([path]), killed, resume=False)
     weights = [train(load_recipe([path]), folder, resume=True) for folder in (killed, whole)]
-    assert len(curve(whole / "log.jsonl")) == STEPS
-    assert curve(killed / "log.jsonl") == curve(whole / "log.jsonl")
+    assert len(curve(whole)) == STEPS
+    assert curve(killed) == curve(whole)
     assert content(weights[0]) == content(weights[1])
 
 
@@ -150,8 +102,7 @@ def test_plain_and_lightning_take_the_same_steps(tmp_path, photos):
     run = stage.run("unet", stage.build())
     assert stage.fit(run, stage.dataset())
     plain, lightning = (
-        [loss for _, _, loss, _ in curve(folder / "log.jsonl")]
-        for folder in (run.folder, tmp_path / "lightning")
+        [loss for _, _, loss, _ in curve(folder)] for folder in (run.folder, tmp_path / "lightning")
     )
     assert lightning == pytest.approx(plain, rel=1e-4)  # fused kernels may differ in rounding
 
@@ -184,7 +135,7 @@ def stages(tmp_path_factory, photos):
 @pytest.mark.parametrize("stage", ["autoencoder", "unet"])
 def test_the_loss_falls(stages, stage):
     """Catches a step in the wrong direction and gradients that do not arrive."""
-    losses = [loss for _, _, loss, _ in curve(stages[0] / "runs" / stage / "log.jsonl")]
+    losses = [loss for _, _, loss, _ in curve(stages[0] / "runs" / stage)]
     assert mean(losses[-15:]) < 0.85 * mean(losses[:15])
 
 

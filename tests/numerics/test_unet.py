@@ -498,7 +498,8 @@ def test_wrapper_hands_on_in_the_networks_type(dtype: torch.dtype):
     assert torch.equal(seen["x"], torch.cat([x, concat], 1).to(dtype))
     assert torch.equal(seen["context"], c["crossattn"].to(dtype))
     assert torch.equal(seen["y"], c["vector"].to(dtype))
-    assert seen["timesteps"].dtype == t.dtype and torch.equal(seen["timesteps"], t)
+    assert seen["timesteps"].dtype == t.dtype
+    assert torch.equal(seen["timesteps"], t)
     assert seen["num_video_frames"] == 2
     assert out.dtype == torch.float32
 

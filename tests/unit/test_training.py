@@ -11,8 +11,9 @@ from torch import nn
 
 from sgm.modules.ema import Ema
 from sgm.training import assemble, parts, snapshot
-from sgm.training.draws import StepBatches, step_generator
+from sgm.training.draws import StepBatches, clip_generators
 from sgm.training.loop import Plan, Run
+from sgm.training.lora import adapt
 from sgm.training.optim import Optim
 from sgm.training.recipe import engine_config, load_recipe, section, typed
 from sgm.training.settings import Cache, Data, Lightning, Training
@@ -28,15 +29,16 @@ def generator(seed=0):
 
 
 # ---------------------------------------------------------------- draws
-def test_generator_depends_on_seed_step_and_rank():
-    """Catches a step or rank that does not enter the seed."""
-    draws = {
-        torch.rand(1, generator=step_generator(*key)).item()
-        for key in [(0, 0, 0), (0, 1, 0), (1, 0, 0), (0, 0, 1), (0, 2**31, 0)]
-    }
-    assert len(draws) == 5
-    again = torch.rand(1, generator=step_generator(0, 2**31, 0)).item()
-    assert again in draws
+def test_generators_depend_on_seed_and_position():
+    """Catches a seed or a position that does not enter, and batches that share a clip's draws."""
+
+    def drawn(seed, first, count):
+        made = clip_generators(seed, first, count)
+        return [torch.rand(1, generator=each).item() for each in made.clips]
+
+    keys = [(0, 0), (0, 1), (1, 0), (0, 2**31)]
+    assert len({drawn(*key, 1)[0] for key in keys}) == 4
+    assert drawn(0, 3, 4) == drawn(0, 3, 2) + drawn(0, 5, 2)
 
 
 def test_an_epoch_gives_each_item_once_over_all_ranks():
@@ -212,12 +214,16 @@ def test_sections_are_checked(change, message):
 def test_every_shipped_recipe_fits_its_model(path):
     """Catches a target, a parameter or a trained part that does not exist."""
     recipe = load_recipe([path])
+    if OmegaConf.is_missing(recipe.data, "root"):
+        recipe = load_recipe([path], ["data.root=clips", "model.ckpt_path=null"])
     settings = typed(recipe, "training", Training)
     with torch.device("meta"):
         engine = instantiate_from_config(engine_config(recipe))
+    if settings.lora:
+        adapt(engine, settings.lora, settings.seed)
     task = instantiate_from_config(settings.task)
     assert select_trainable(engine, task.trainable)
-    typed(recipe, "training.plan", Plan)
+    assert not settings.plan or typed(recipe, "training.plan", Plan)
     data = typed(recipe, "data", Data)
     assert not data.cache or typed(recipe, "data.cache", Cache)
     dataset = data.dataset

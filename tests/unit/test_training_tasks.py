@@ -1,12 +1,14 @@
 """The tasks of training, each against a loss written out by hand."""
 
 import math
+import re
 
 import pytest
 import torch
 
-from sgm.training.batch import condition_batch
+from sgm.training.batch import condition_batch, precomputed_batch
 from sgm.training.latents import LatentClips, encode_clips, latent_modes
+from sgm.training.pictures import WithPictures
 from sgm.training.tasks import DiffusionTask, ReconstructionTask, edges, select_trainable
 from sgm.util import instantiate_from_config
 from tests.tiny import FRAMES, tiny_config, tiny_engine
@@ -152,6 +154,183 @@ def test_dropout_of_networks_acts_in_selected_parts_alone():
         assert not engine.conditioner.embedders[3].training
         assert not engine.first_stage_model.training
     assert modes == {"model": {True}, "conditioner.embedders.0": {False}}
+
+
+def precomputed(engine, batch, draws):
+    """The clips' latents and conditions, the condition's noise of the generators ``draws``."""
+    cond = [condition_batch(batch["frames"][:, 0], {}, FRAMES, each) for each in draws]
+    clip, vae = engine.conditioner.embedders[0], engine.conditioner.embedders[3]
+    numbers = {key: batch[key] for key in ("fps_id", "motion_bucket_id")}
+    with torch.no_grad():
+        return numbers | {
+            "latents": latent_modes(engine, batch["frames"].flatten(0, 1)).unflatten(
+                0, (-1, FRAMES)
+            ),
+            "cond_latents": torch.stack([vae(each["cond_frames"]) for each in cond], 1),
+            "cond_aug": torch.stack([each["cond_aug"] for each in cond], 1),
+            "image_embedding": clip(batch["frames"][:, 0])[:, 0],
+            "index": torch.arange(len(batch["frames"])),
+        }
+
+
+def after_conditions(seed, clips, size):
+    """A generator from which the noise of the condition has been drawn."""
+    g = generator(seed)
+    torch.randn(clips, generator=g)
+    torch.randn(clips, 3, size, size, generator=g)
+    return g
+
+
+def test_precomputed_conditions_give_the_loss_of_frames():
+    """With one draw of noise, the same that training on frames would take.
+
+    Catches: latents of the condition that are scaled, a level that is not told, an embedder that
+    runs although its result is there, dropout that is left out.
+    """
+    engine, batch = engine_with_loss(), clip_batch()
+    engine.conditioner.ucg_rates[0] = engine.conditioner.ucg_rates[3] = 0.5
+    select_trainable(engine, ["model"])
+    task = DiffusionTask(trainable=["model"])
+    made = precomputed(engine, batch, [generator(4)])
+    single = {key: x[:, 0] if key.startswith("cond_") else x for key, x in made.items()}
+    with torch.no_grad():
+        wanted, _ = task(engine, batch, generator(4))
+        engine.conditioner.embedders[0].forward = engine.conditioner.embedders[3].forward = None
+        got, _ = task(engine, single, after_conditions(4, 2, 32))
+    assert got.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_each_clip_takes_one_of_its_draws():
+    """Catches: the same draw for all clips or steps, a level of another draw than the latents'."""
+    k, clips = 4, 64
+    level = torch.arange(float(k)).repeat(clips, 1)
+    batch = {
+        "cond_latents": level[..., None, None, None].expand(-1, -1, 4, 2, 2),
+        "cond_aug": level,
+        "image_embedding": torch.zeros(clips, 24),
+    }
+    chosen = []
+    for seed in (0, 1):
+        cond, given = precomputed_batch(batch, 3, generator(seed))
+        chosen.append(cond["cond_aug"])
+        assert torch.equal(given["cond_frames"][:, 0, 0, 0], cond["cond_aug"])
+        assert given["cond_frames_without_noise"].shape == (clips, 1, 24)
+        assert len(cond["cond_aug"].unique()) == k
+    assert not torch.equal(*chosen)
+
+
+def test_results_that_are_there_cannot_be_learned():
+    """Catches: an image tower that is to learn and gets no gradient."""
+    engine = engine_with_loss()
+    names = ["model", "conditioner.embedders.0"]
+    select_trainable(engine, names)
+    batch = precomputed(engine, clip_batch(), [generator()])
+    with pytest.raises(ValueError, match=r"names conditioner\.embedders\.0, whose results are"):
+        DiffusionTask(trainable=names)(engine, batch, generator())
+
+
+def test_a_clip_of_one_frame_is_a_picture():
+    """Catches: pictures that go through layers over time, which get no gradient from them."""
+    assert (
+        condition_batch(torch.zeros(3, 3, 8, 8), {}, 1, generator())[
+            "image_only_indicator"
+        ].tolist()
+        == [[1.0]] * 3
+    )
+    engine = engine_with_loss()
+    temporal = ["model.diffusion_model.*.time_stack"]
+    select_trainable(engine, temporal)
+    for frames, moves in ((1, False), (FRAMES, True)):
+        batch = clip_batch()
+        batch["frames"] = batch["frames"][:, :frames]
+        loss, _ = DiffusionTask(trainable=temporal)(engine, batch, generator())
+        gradients = torch.autograd.grad(loss, [p for p in engine.parameters() if p.requires_grad])
+        assert any(g.abs().max() > 0 for g in gradients) == moves
+
+
+def test_conditionings_drop_out_independently():
+    """Rates of 0.3 and 0.5 of 4000 clips: both at once 0.15, by the rule of products.
+
+    Catches: one draw for both embedders, rates in the wrong order, single frames that drop out.
+    """
+    engine = tiny_engine(
+        **{
+            "conditioner_config.params.ucg_rates": {
+                "cond_frames": 0.5,
+                "cond_frames_without_noise": 0.3,
+            }
+        }
+    )
+    embeddings = [torch.ones(4000, *[1] * n) for n in (2, 1, 1, 3, 1)]
+    dropped = [x.flatten(1)[:, 0] == 0 for x in engine.conditioner.drop(embeddings, generator())]
+    shares = [x.float().mean().item() for x in (dropped[0], dropped[3], dropped[0] & dropped[3])]
+    assert shares == pytest.approx([0.3, 0.5, 0.15], abs=0.03)  # five standard errors
+    assert not any(dropped[i].any() for i in (1, 2, 4))
+    with pytest.raises(ValueError, match=r"ucg_rates: expected keys of .*, got 'clip'"):
+        tiny_engine(**{"conditioner_config.params.ucg_rates": {"clip": 0.5}})
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_frames_encoded_in_parts_give_the_same_loss(at_once):
+    engine, batch = engine_with_loss(), clip_batch()
+    with torch.no_grad():
+        whole, parts = (
+            DiffusionTask(frames_at_once=n)(engine, batch, generator())[0] for n in (None, at_once)
+        )
+    assert whole.item() == pytest.approx(parts.item(), rel=1e-5)
+
+
+def test_patterns_choose_temporal_layers():
+    """All that a picture model lacks, and nothing else. Catches: spatial layers that learn too,
+    and modes that go by the names of modules instead of what learns."""
+    engine = tiny_engine()
+    names = [f"model.diffusion_model.*.time_{part}" for part in ("stack", "pos_embed", "mixer")]
+    select_trainable(engine, names)
+    learns = {name for name, p in engine.named_parameters() if p.requires_grad}
+    every = (name for name, _ in engine.model.named_parameters(prefix="model"))
+    temporal = re.compile(r"\.time_(stack|pos_embed|mixer)\.")
+    assert learns == {name for name in every if temporal.search(name)}
+    transformer = engine.model.diffusion_model.input_blocks[3][1]
+    assert transformer.time_stack.training
+    assert not transformer.transformer_blocks.training
+    with pytest.raises(ValueError, match=r"no parameters under \*\.time_stak$"):
+        select_trainable(engine, ["*.time_stack", "*.time_stak"])
+
+
+# ---------------------------------------------------------------- pictures
+class Numbers(torch.utils.data.Dataset):
+    """Six clips, of two shapes."""
+
+    groups = ((0, 1, 2, 3), (4, 5))
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return {"frames": torch.full((3, 2), float(index)), "index": torch.tensor(index)}
+
+
+@pytest.mark.parametrize(("share", "pictures"), [(0.0, []), (0.25, [0, 3]), (0.5, list(range(6)))])
+def test_pictures_are_first_frames_of_clips(share, pictures):
+    """Catches: a share of clips instead of items, pictures of one end of the dataset, batches of
+    clips and pictures or of two sizes, numbers that name another item."""
+    config = {"target": f"{__name__}.Numbers"}
+    dataset = WithPictures(config, share)
+    items = [dataset[i] for i in range(len(dataset))]
+    assert [int(item["index"]) for item in items] == list(range(6 + len(pictures)))
+    assert [item["frames"].shape[0] for item in items] == [3] * 6 + [1] * len(pictures)
+    assert [int(item["frames"][0, 0]) for item in items[6:]] == pictures
+    assert sorted(i for group in dataset.groups for i in group) == list(range(len(items)))
+    for group in dataset.groups:
+        kinds = {(len(items[i]["frames"]), items[i]["frames"][0, 0] >= 4) for i in group}
+        assert len({(n, bool(big)) for n, big in kinds}) == 1
+    if pictures:
+        assert dataset.describe(6 + 1) == f"clip {pictures[1]}"
+
+
+def test_a_share_of_everything_is_refused():
+    with pytest.raises(ValueError, match="below 1, got 1"):
+        WithPictures({"target": f"{__name__}.Numbers"}, 1.0)
 
 
 # ---------------------------------------------------------------- reconstruction

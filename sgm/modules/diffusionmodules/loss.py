@@ -11,6 +11,7 @@ from torch import Generator, Tensor, nn
 
 from sgm.modules.diffusionmodules.loss_weighting import DiffusionLossWeighting
 from sgm.modules.diffusionmodules.sigma_sampling import SigmaSampler
+from sgm.modules.draws import draw
 from sgm.util import append_dims, instantiate_from_config
 
 ERRORS: dict[str, Callable[[Tensor], Tensor]] = {"l2": torch.square, "l1": torch.abs}
@@ -118,10 +119,9 @@ class StandardDiffusionLoss(nn.Module):
 
     def _noise(self, like: Tensor, clips: int, generator: Generator | None) -> Tensor:
         """Draw float32 noise shaped like ``like``, on its device."""
-        device = generator.device if generator else "cpu"
-        noise = torch.randn(like.shape, generator=generator, device=device)
+        noise = draw(torch.randn, like.shape, generator)
         if self.offset_noise_level > 0:
-            offset = torch.randn(clips, like.shape[1], generator=generator, device=device)
+            offset = draw(torch.randn, (clips, like.shape[1]), generator)
             offset = offset.repeat_interleave(like.shape[0] // clips, 0)
             noise += self.offset_noise_level * append_dims(offset, like.ndim)
         return noise.to(like.device)

@@ -1,12 +1,14 @@
 """Distributions that training draws its noise levels from."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor
 
 from sgm.modules.diffusionmodules.discretizer import Discretization
+from sgm.modules.draws import draw
 from sgm.util import instantiate_from_config
 
 
@@ -42,8 +44,7 @@ class EDMSampling:
     ) -> Tensor:
         """Return ``n_samples`` levels; ``rand`` holds standard normal numbers."""
         if rand is None:
-            device = generator.device if generator else "cpu"
-            rand = torch.randn(n_samples, generator=generator, device=device)
+            rand = draw(torch.randn, (n_samples,), generator)
         return (self.p_mean + self.p_std * rand).exp()
 
 
@@ -75,8 +76,5 @@ class DiscreteSampling:
     ) -> Tensor:
         """Return ``n_samples`` levels; ``rand`` holds their indices."""
         if rand is None:
-            device = generator.device if generator else "cpu"
-            rand = torch.randint(
-                self.first, self.end, (n_samples,), generator=generator, device=device
-            )
+            rand = draw(partial(torch.randint, self.first, self.end), (n_samples,), generator)
         return self.sigmas.to(rand.device)[rand]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sgm.modules.draws import draw
 from sgm.util import append_dims, instantiate_from_config
 
 PLACE_BY_NDIM = {2: "vector", 3: "crossattn", 4: "concat"}
@@ -30,12 +31,17 @@ class GeneralConditioner(nn.Module):
             of the batch), ``is_trainable``, and ``ucg_rate``: the probability with which, in
             training mode, a row is set to zero, for classifier-free guidance (arXiv 2207.12598);
             an embedder with a rate is to be given one row per clip, or single frames drop out.
+        ucg_rates: rates by input key, in place of those in ``emb_models``.
 
     Raises:
-        ValueError: an embedder without ``input_key``.
+        ValueError: an embedder without ``input_key``, or a rate for a key that none has.
     """
 
-    def __init__(self, emb_models: Iterable[Mapping[str, Any]]) -> None:
+    def __init__(
+        self,
+        emb_models: Iterable[Mapping[str, Any]],
+        ucg_rates: Mapping[str, float] | None = None,
+    ) -> None:
         super().__init__()
         self.embedders = nn.ModuleList()
         self.input_keys: list[str] = []
@@ -51,6 +57,10 @@ class GeneralConditioner(nn.Module):
             if not self.trainable[-1]:
                 embedder.requires_grad_(False).eval()
             self.embedders.append(embedder)
+        for key, rate in (ucg_rates or {}).items():
+            if key not in self.input_keys:
+                raise ValueError(f"ucg_rates: expected keys of {self.input_keys}, got {key!r}")
+            self.ucg_rates[self.input_keys.index(key)] = rate
 
     def train(self, mode: bool = True) -> "GeneralConditioner":
         """Switch the mode; embedders that are not trainable stay in evaluation mode."""
@@ -59,13 +69,18 @@ class GeneralConditioner(nn.Module):
             embedder.train(mode and trainable)
         return self
 
-    def embed(self, batch: Batch) -> list[Tensor]:
+    def embed(self, batch: Batch, given: Batch | None = None) -> list[Tensor]:
         """Each embedder's result on its entry of the batch.
+
+        Args:
+            batch: entries by the embedders' input keys.
+            given: results by input key that are there already: their embedders do not run.
 
         Raises:
             ValueError: an entry is missing.
         """
-        missing = [key for key in self.input_keys if key not in batch]
+        given = given or {}
+        missing = [key for key in self.input_keys if key not in batch and key not in given]
         if missing:
             raise ValueError(f"conditioning needs the batch entries {missing}, got {list(batch)}")
         results = []
@@ -73,7 +88,7 @@ class GeneralConditioner(nn.Module):
             self.embedders, self.input_keys, self.trainable, strict=True
         ):
             with torch.set_grad_enabled(trainable and torch.is_grad_enabled()):
-                results.append(embedder(batch[key]))
+                results.append(given[key] if key in given else embedder(batch[key]))
         return results
 
     def join(self, embeddings: list[Tensor], zero: Collection[str] = ()) -> Conditioning:
@@ -95,7 +110,7 @@ class GeneralConditioner(nn.Module):
             generator: source of the draws, on the CPU, so that they do not depend on the device.
         """
         return [
-            x * append_dims(torch.rand(len(x), generator=generator) >= rate, x.ndim).to(x)
+            x * append_dims(draw(torch.rand, (len(x),), generator) >= rate, x.ndim).to(x)
             if rate > 0
             else x
             for x, rate in zip(embeddings, self.ucg_rates, strict=True)
@@ -106,6 +121,7 @@ class GeneralConditioner(nn.Module):
         batch: Batch,
         force_zero_embeddings: Collection[str] | None = None,
         generator: torch.Generator | None = None,
+        given: Batch | None = None,
     ) -> Conditioning:
         """Condition on a batch; in training mode with dropout.
 
@@ -113,11 +129,12 @@ class GeneralConditioner(nn.Module):
             batch: entries by the embedders' input keys.
             force_zero_embeddings: input keys whose embeddings are set to zero.
             generator: source of the dropout's draws.
+            given: embeddings that are there already, see :meth:`embed`.
 
         Returns:
             ``vector`` (n, e), ``crossattn`` (n, k, d) and ``concat`` (n, c, h, w), as present.
         """
-        embeddings = self.embed(batch)
+        embeddings = self.embed(batch, given)
         if self.training:
             embeddings = self.drop(embeddings, generator)
         return self.join(embeddings, force_zero_embeddings or ())
