@@ -52,8 +52,9 @@ format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# A process for each core, with one thread: threads of several processes wait for each other.
 test: lint
-	$(BIN)/pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 lock:
 	uv pip compile -q --universal --python-version 3.11 --extra dev --upgrade --no-annotate \

@@ -101,7 +101,9 @@ def choose_options(spec: ModelSpec, picture: Picture | None) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for group in ["basic", "expert"] + ["sv3d"] * spec.orbit:
         with st.sidebar.expander(GROUPS[group], expanded=group == "basic"):
-            values |= {option.name: widget(option, usual) for option in option_fields(group)}
+            # No paths: what files are read is not for visitors to say.
+            shown = [each for each in option_fields(group) if each.metadata["kind"] != "files"]
+            values |= {option.name: widget(option, usual) for option in shown}
     return values
 
 
@@ -150,7 +152,7 @@ def sample(
     check_video_size("mp4", *decided.size)
     with st.status(f"Loading {spec.name}", expanded=True) as status, TemporaryDirectory() as folder:
         picture = isolate_object(picture) if spec.orbit else picture
-        files = find_model(spec.name, loras=options.lora)
+        files = find_model(spec.name)
         check_types(files.config, f"{files.config_path.name}: model")
         if about := announcement(files, decided, options.videos_per_image):
             st.write(about)
