@@ -57,9 +57,11 @@ def test_options_table_is_the_options() -> None:
     assert table[1] == option_table()
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "checkpoints/README.md", "docs/coming-from.md"]
-)
+PAGES = ["README.md", "CONTRIBUTING.md", "checkpoints/README.md"]
+PAGES += [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_to_files(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     links = re.findall(r"\]\(([^)#:]+)\)", text)
