@@ -7,7 +7,7 @@ diffusers folder and a MindSpore file of the same weights; temporary unless --in
 for them. Then fresh processes load them in turn, this project's pipeline from each and diffusers'
 from its folder, and read every weight that sampling uses once. Timed from before the process
 starts, imports included, with the files in the page cache. The networks are the plain ones; the
-optimised ones, which lay weights out anew, have a row of their own.
+optimised ones, which lay weights out anew in their first call, have a row of their own.
 
 Exit code 1 where this project is slower than diffusers, takes more than 1.1 times as long from the
 folder or 1.5 times from MindSpore's file as from its own, or needs more memory than its imports and
@@ -241,7 +241,7 @@ Of the folder, CLIP's projections to query, key and value are packed into one. M
 puts half of the tensors at odd addresses, where vector instructions may refuse half-precision
 numbers: 2.2 GB are copied. Threads share that work, but what new memory costs is up to the machine:
 on a virtual one about 1.5 s per GB that its host has to provide first, 0.3 s per GB that was in use
-a moment ago. The optimised networks pay for memory of their own likewise. The aims are 1.1 times
+a moment ago. The optimised networks lay weights out anew in the first step, which is not timed here. The aims are 1.1 times
 the native file's time for the folder and 1.5 times for MindSpore's file.
 """
 
