@@ -241,8 +241,8 @@ Of the folder, CLIP's projections to query, key and value are packed into one. M
 puts half of the tensors at odd addresses, where vector instructions may refuse half-precision
 numbers: 2.2 GB are copied. Threads share that work, but what new memory costs is up to the machine:
 on a virtual one about 1.5 s per GB that its host has to provide first, 0.3 s per GB that was in use
-a moment ago. The optimised networks lay weights out anew in the first step, which is not timed here. The aims are 1.1 times
-the native file's time for the folder and 1.5 times for MindSpore's file.
+a moment ago. The optimised networks lay weights out anew in the first step, which is not timed.
+The aims are 1.1 times the native file's time for the folder and 1.5 times for MindSpore's file.
 """
 
 

@@ -12,46 +12,30 @@ something is wrong, and then nothing is left behind.
 
 import argparse
 import json
-import signal
 import sys
-import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.writing import DTYPES, run
 from sgm.inference.files import user_path
-from sgm.inference.progress import ProgressLine, duration
 from sgm.inference.weights import given_weights
 
 if TYPE_CHECKING:
     from sgm.checkpoint.source import Source
     from sgm.checkpoint.writing import Progress, Written
 
-DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 LAYOUTS = ("native", "diffusers", "mindspore")
-DONE, REFUSED, INTERRUPTED = 0, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Convert what the command line names; the exit code."""
     options = parse(arguments)
-    signal.signal(signal.SIGTERM, interrupt)
-    line = ProgressLine(sys.stderr) if sys.stderr.isatty() else None
-    try:
-        check(options)
-        written = convert(options, shower(line) if line else None)
-    except ValueError as error:
-        _clear(line)
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return REFUSED
-    except KeyboardInterrupt:
-        _clear(line)
-        print("interrupted: nothing is left behind", file=sys.stderr)
-        return INTERRUPTED
-    _clear(line)
-    for file in written:
-        print(f"{file.path}  {file.size / 1e9:.3f} GB  sha256 {file.sha256}")
-    return DONE
+    return run(partial(convert, options))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -89,11 +73,12 @@ def check(options: argparse.Namespace) -> None:
 
 
 def convert(options: argparse.Namespace, progress: "Progress | None") -> "tuple[Written, ...]":
-    """Write the checkpoint that is asked for, by options that :func:`check` let pass.
+    """Write the checkpoint that is asked for.
 
     Raises:
         ValueError: it cannot be read, converted or written.
     """
+    check(options)
     import torch
 
     from sgm.checkpoint import open_checkpoint
@@ -122,29 +107,6 @@ def folder_texts(folder: "Source", options: argparse.Namespace) -> dict[str, str
     model = find_model(options.version, options.config, options.source)
     configs = folder_configs(folder.shapes, model.config, model.spec.num_frames)
     return {name: json.dumps(config, indent=2) + "\n" for name, config in configs.items()}
-
-
-def shower(line: ProgressLine) -> "Progress":
-    """Show on a terminal how far the conversion is."""
-    began: dict[str, float] = {}
-
-    def show(stage: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        spent = now - began.setdefault(stage, now)
-        left = f", {duration(spent * (total - done) / done)} left" if spent and done else ""
-        line.show(f"{stage} {done / 1e9:.1f} of {total / 1e9:.1f} GB{left}")
-
-    return show
-
-
-def interrupt(*_: object) -> NoReturn:
-    """End as Ctrl-C does, on another signal."""
-    raise KeyboardInterrupt
-
-
-def _clear(line: ProgressLine | None) -> None:
-    if line is not None:
-        line.clear()
 
 
 if __name__ == "__main__":

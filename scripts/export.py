@@ -11,29 +11,23 @@ before it gets its name. Exit code 2 where something is wrong, and then nothing 
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sgm.inference.progress import ProgressLine
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-DONE, REFUSED, INTERRUPTED = 0, 2, 130
+from scripts.writing import DTYPES, run
+
+if TYPE_CHECKING:
+    from sgm.checkpoint.writing import Progress, Written
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the checkpoint that the command line names; the exit code."""
     options = parse(arguments)
-    line = ProgressLine(sys.stderr) if sys.stderr.isatty() else None
-    code, said = DONE, ""
-    try:
-        said = export(options, line)
-    except ValueError as error:
-        code, said = REFUSED, f"error: {' '.join(str(error).split())}"
-    except KeyboardInterrupt:
-        code, said = INTERRUPTED, "interrupted: nothing is left behind"
-    if line is not None:
-        line.clear()
-    print(said, file=sys.stderr if code else sys.stdout)
-    return code
+    return run(partial(export, options))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -54,8 +48,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def export(options: argparse.Namespace, line: ProgressLine | None) -> str:
-    """Write the file; a line about it.
+def export(options: argparse.Namespace, progress: "Progress | None") -> "tuple[Written, ...]":
+    """Write the file that is asked for.
 
     Raises:
         ValueError: it cannot be read or written.
@@ -68,14 +62,9 @@ def export(options: argparse.Namespace, line: ProgressLine | None) -> str:
 
     from sgm.training.export import export
 
-    def show(stage: str, done: int, total: int) -> None:
-        if line is not None:
-            line.show(f"{stage} {done / 1e9:.1f} of {total / 1e9:.1f} GB")
-
     dtype = getattr(torch, DTYPES[options.dtype]) if options.dtype else None
     asked = (options.run, options.target, options.ema, dtype, options.force)
-    (file,) = export(*asked, progress=show)
-    return f"{file.path}  {file.size / 1e9:.3f} GB  sha256 {file.sha256}"
+    return export(*asked, progress=progress)
 
 
 if __name__ == "__main__":

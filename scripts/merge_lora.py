@@ -11,15 +11,17 @@ is left behind.
 """
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scripts.convert import DONE, DTYPES, INTERRUPTED, REFUSED, interrupt, shower
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.writing import DTYPES, run
 from sgm.inference.files import user_path
-from sgm.inference.progress import ProgressLine
 from sgm.inference.weights import given_lora, given_weights
 
 if TYPE_CHECKING:
@@ -29,24 +31,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Merge what the command line names; the exit code."""
     options = parse(arguments)
-    signal.signal(signal.SIGTERM, interrupt)
-    line = ProgressLine(sys.stderr) if sys.stderr.isatty() else None
-    try:
-        written = merge(options, shower(line) if line else None)
-    except ValueError as error:
-        failed, code = f"error: {' '.join(str(error).split())}", REFUSED
-    except KeyboardInterrupt:
-        failed, code = "interrupted: nothing is left behind", INTERRUPTED
-    else:
-        failed, code = "", DONE
-    if line:
-        line.clear()
-    if failed:
-        print(failed, file=sys.stderr)
-        return code
-    for file in written:
-        print(f"{file.path}  {file.size / 1e9:.3f} GB  sha256 {file.sha256}")
-    return code
+    return run(partial(merge, options))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -14,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from sgm.h264 import encode_h264
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 Frames = npt.NDArray[np.uint8]
 
-BT709, LIMITED_RANGE = 1, 1  # code points of ISO/IEC 23091-2 and FFmpeg's AVCOL_RANGE_MPEG
-# With its macroblock tree, x264 now and then gives other bytes for equal frames.
 MP4_QUALITY = {"crf": "17", "preset": "medium", "x264-params": "mbtree=0"}
 PALETTE_FRAMES = 8  # spread over a video, enough to find the colours of a gif
 
@@ -106,27 +106,9 @@ def _write_mp4(frames: Frames, path: Path, fps: Fraction) -> None:
     import av  # 0.2 s, and needed for this format alone
 
     try:
-        _encode_h264(frames, path, fps)
+        encode_h264(frames, str(path), fps, MP4_QUALITY, {"movflags": "+faststart"})
     except av.FFmpegError as error:  # of which not all are errors of the system
         raise OSError(f"the mp4 cannot be written: {error.strerror}") from error
-
-
-def _encode_h264(frames: Frames, path: Path, fps: Fraction) -> None:
-    import av
-
-    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream("libx264", rate=fps, options=MP4_QUALITY)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        codec = stream.codec_context
-        codec.color_primaries = codec.color_trc = codec.colorspace = BT709
-        codec.color_range = LIMITED_RANGE
-        for index, pixels in enumerate(frames):
-            rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-            yuv = rgb.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
-            yuv.pts, yuv.time_base = index, 1 / fps
-            container.mux(stream.encode(yuv))
-        container.mux(stream.encode())
 
 
 def _write_gif(frames: Frames, path: Path, fps: Fraction) -> None:

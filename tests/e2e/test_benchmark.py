@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from scripts.bench import growth, memory
+from scripts.bench import growth, memory, training
 from scripts.bench.charts import Curve, bars, curves
 from scripts.bench.compare import Row, relative_error, table, verdicts
 from scripts.bench.floor import count, operations_of
@@ -85,6 +85,16 @@ def test_weights_are_the_same_in_every_type(files, engine):
     half = build_engine(files, CPU, torch.bfloat16).state_dict()
     for key, value in engine.state_dict().items():
         assert torch.equal(half[key], value.bfloat16())
+
+
+def test_training_loops_take_the_same_steps(files):
+    """Catches: another loss, preconditioning, condition or optimiser in one of the two loops."""
+    case = Case(3, 64, 64, {}, clips=2)
+    ours, theirs = (make(files, case, CPU, True) for make in training.LOOPS.values())
+    losses = [ours() for _ in range(3)]
+    assert [theirs() for _ in range(3)] == pytest.approx(losses, rel=ROUNDING)
+    again = training.our_loop(files, case, CPU, False)
+    assert [again() for _ in range(3)] == pytest.approx(losses, rel=ROUNDING)
 
 
 # ---------------------------------------------------------------- floor

@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from scripts import convert
+from scripts import convert, writing
 from sgm.checkpoint import load_checkpoint, open_checkpoint, read_state_dict, sha256_of
 from sgm.util import instantiate_from_config
 from tests.foreign import native_config
@@ -226,7 +226,7 @@ def test_progress_is_shown_on_a_terminal(native: Path, tmp_path: Path):
         def show(self, text: str) -> None:
             shown.append(text)
 
-    show = convert.shower(Line())
+    show = writing.shower(Line())
     show("writing", 0, 4_000_000_000)
     time.sleep(0.01)
     show("writing", 1_000_000_000, 4_000_000_000)
