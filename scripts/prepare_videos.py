@@ -94,6 +94,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--image_fps", type=positive, help="rate of folders of pictures (that of --fps)")
     add("--min_speed", type=float, default=0.0002, help="clips below are static (0.0002)")
+    add(
+        "--max_text",
+        type=share,
+        default=1.0,
+        metavar="SHARE",
+        help="leave out clips that lines of text cover more of; 0.02 finds subtitles (1.0: none)",
+    )
     add("--format", choices=("folder", "shards"), default="folder", help="files or tar archives")
     add("--shard_mb", type=whole, default=512, help="size of an archive (512)")
     add("--calibrate", action="store_true", help="map the median clip's motion to bucket 127")
@@ -148,6 +155,7 @@ def work(args: argparse.Namespace) -> None:
             args.max_upscale,
             args.image_fps or args.fps,
             args.min_speed,
+            args.max_text,
         ),
         args.format == "shards",
         args.calibrate,

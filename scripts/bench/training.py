@@ -27,8 +27,8 @@ from scripts.benchmark_startup import peak_memory
 from sgm.inference.settings import ModelFiles
 from sgm.models.diffusion import DiffusionEngine
 from sgm.modules.diffusionmodules.layers import sinusoidal_embedding
-from sgm.training.attention import training_attention
 from sgm.training.optim import Optim
+from sgm.training.savings import skip_idle_attention
 from sgm.util import append_dims, instantiate_from_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,10 +81,11 @@ def run(preset: Preset, files: ModelFiles, device: torch.device, results: Result
 
 
 def our_loop(files: ModelFiles, case: Case, device: torch.device, checkpointing: bool) -> Step:
-    """As `sgm.training` runs it."""
+    """As `sgm.training` runs it; the engine's other parts are not kept, as in the other loop."""
     engine: Any = build_engine(files, device, torch.float32)
-    network = engine.model.diffusion_model
+    model, network = engine.model, engine.model.diffusion_model
     network.use_checkpoint = checkpointing
+    skip_idle_attention(network)
     given = _Given(files, engine, case, device)
     images = torch.zeros(case.clips, case.frames, device=device)
 
@@ -92,8 +93,7 @@ def our_loop(files: ModelFiles, case: Case, device: torch.device, checkpointing:
         rows, frames = x.flatten(0, 1), case.frames
         cond = {key: value.repeat_interleave(frames, 0) for key, value in given.cond.items()}
         extra = {"num_video_frames": frames, "image_only_indicator": images}
-        with training_attention(device):
-            out = engine.model(rows, level.repeat_interleave(frames), cond, **extra)
+        out = model(rows, level.repeat_interleave(frames), cond, **extra)
         return out.unflatten(0, x.shape[:2])
 
     return _loop(network, forward, given)

@@ -29,33 +29,43 @@ class Clips(Dataset[dict[str, Tensor]]):
       (k,), the levels of that noise; ``image_embedding`` (d,) by CLIP.
 
     All are float32, but for the integers. Item i is the i-th line of the index, or of its lines of
-    the split; nothing is drawn.
+    the split; of several collections, such as one video at two frame rates, the items of one come
+    after those of the other. Nothing is drawn.
 
     Args:
-        root: the folder with ``index.jsonl``.
+        root: the folder with ``index.jsonl``, or several.
         latents: give what was precomputed; None: if it is there.
         split: ``train`` or ``heldout`` clips alone; None: all.
 
     Attributes:
         entries: of the items.
-        meta: of the collection.
+        folders: of the items: the collection of each.
+        meta: of the collections, by their folders.
 
     Raises:
-        ValueError: there is no such collection, it has no such clips, or no latents and they are
-            asked for.
+        ValueError: there is no such collection, they have no such clips, or no latents and these
+            are asked for.
     """
 
     def __init__(
-        self, root: str | Path, latents: bool | None = None, split: Split | None = None
+        self,
+        root: str | Path | Sequence[str | Path],
+        latents: bool | None = None,
+        split: Split | None = None,
     ) -> None:
         if split not in ("train", "heldout", None):
             raise ValueError(f"split: expected train or heldout, got {split!r}")
-        self.root = Path(root)
-        entries = read_index(self.root)
-        self.entries = [e for e in entries if split is None or e.heldout == (split == "heldout")]
+        roots = [Path(each) for each in ([root] if isinstance(root, str | Path) else root)]
+        items = [(folder, entry) for folder in roots for entry in read_index(folder)]
+        kept = [item for item in items if split is None or item[1].heldout == (split == "heldout")]
+        self.folders = [folder for folder, _ in kept]
+        self.entries = [entry for _, entry in kept]
         if not self.entries:
-            raise ValueError(f"{root}: none of its {len(entries)} clips is in {split or 'it'}")
-        self.meta: dict[str, Any] = json.loads((self.root / META).read_text())
+            names = ", ".join(map(str, roots))
+            raise ValueError(f"{names}: none of its {len(items)} clips is in {split or 'it'}")
+        self.meta: dict[Path, Any] = {
+            folder: json.loads((folder / META).read_text()) for folder in roots
+        }
         there = all(LATENTS in entry.files for entry in self.entries)
         if latents and not there:
             raise ValueError(f"{root} has no latents: prepare it with --latents")
@@ -83,12 +93,12 @@ class Clips(Dataset[dict[str, Tensor]]):
         Raises:
             ValueError: its file is missing or damaged.
         """
-        entry = self.entries[index]
+        folder, entry = self.folders[index], self.entries[index]
         try:
             item = (
-                read_latents(self.root, entry)
+                read_latents(folder, entry)
                 if self.latents
-                else {"frames": read_clip(self.root, entry)}
+                else {"frames": read_clip(folder, entry)}
             )
         except ValueError as error:
             raise ValueError(f"{self.describe(index)}: {error}") from error

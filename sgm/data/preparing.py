@@ -35,6 +35,7 @@ class Settings:
         max_upscale: largest magnification of a video.
         picture_fps: rate of folders of pictures.
         min_speed: clips below are static, in short sides per frame.
+        max_text: clips of which text covers a larger part are left out; 1 to not look for it.
     """
 
     fps: float = 7.0
@@ -43,6 +44,7 @@ class Settings:
     max_upscale: float = 1.0
     picture_fps: float = 7.0
     min_speed: float = MIN_SPEED
+    max_text: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("fps", "max_upscale", "picture_fps"):
@@ -180,7 +182,7 @@ def _judge(frames: Frames, number: int, start: float, rate: float, settings: Set
         size=(frames.shape[1], frames.shape[2]),
         speed=round(speed, 8),
         hashes=fingerprint(frames),
-        fault=fault(frames, speed, settings.min_speed),
+        fault=fault(frames, speed, settings.min_speed, settings.max_text),
     )
 
 

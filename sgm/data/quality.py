@@ -6,7 +6,7 @@ import numpy.typing as npt
 from sgm.data.motion import opencv
 from sgm.data.reading import Frames
 
-BLACK, FLAT, STATIC, DUPLICATE = "black", "flat", "static", "duplicate"
+BLACK, FLAT, STATIC, TEXT, DUPLICATE = "black", "flat", "static", "text", "duplicate"
 
 DARK_LEVEL = 32
 """A frame is black where 95 of 100 pixels are darker, of 255."""
@@ -19,21 +19,75 @@ SAME_BITS = 10
 
 _HASH_SIDE, _HASH_WAVES = 32, 8
 
+# Text is looked for in frames of this short side in pixels, as strong edges that close to lines.
+_TEXT_SIDE = 360
+_EDGE = 60  # least contrast of a stroke, of 255
+_GAP, _CORE = 15, 5  # between letters of a line at most; height of a line at least
+_LINE_HEIGHTS = (7, 80)
+_LONGER = 2.5  # a line is so much longer than high
+_SOLID = 0.6  # part of its box that a closed line fills
+_INK = (0.25, 0.9)  # part of its box that edges fill
+_STROKES = 1.5  # edges that a row crosses in each square of the line
 
-def fault(frames: Frames, speed: float, min_speed: float = MIN_SPEED) -> str | None:
+
+def fault(
+    frames: Frames, speed: float, min_speed: float = MIN_SPEED, max_text: float = 1.0
+) -> str | None:
     """Say why a clip (t, h, w, 3) is of no use, or None.
 
     Args:
         frames: the clip; the middle one of its frames is looked at.
         speed: of the clip, in short sides per frame.
         min_speed: the clip is static below it.
+        max_text: it is one of text where that covers more, in parts of the frame; 1 to not look.
     """
     grey = opencv().cvtColor(frames[len(frames) // 2], opencv().COLOR_RGB2GRAY)
     if np.percentile(grey, 95) < DARK_LEVEL:
         return BLACK
     if grey.std() < FLAT_DEVIATION:
         return FLAT
-    return STATIC if speed < min_speed else None
+    if speed < min_speed:
+        return STATIC
+    return TEXT if max_text < 1 and text_share(frames) > max_text else None
+
+
+def text_share(frames: Frames) -> float:
+    """Which part of the frames of a clip (t, h, w, 3) has lines of text that stay, from 0 to 1.
+
+    Subtitles, captions and logos stay where they are in the first, the middle and the last frame.
+    Level lines alone are found, of a script with strokes of letters, and not on busy ground.
+    """
+    first, middle, last = (_text_lines(frames[i]) for i in (0, len(frames) // 2, -1))
+    return float((first & middle & last).mean())
+
+
+def _text_lines(frame: Frames) -> npt.NDArray[np.bool_]:
+    """Where boxes with strokes as close as those of text lie, at the size that is looked at."""
+    cv2 = opencv()
+    scale = _TEXT_SIDE / min(frame.shape[:2])
+    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
+    grey = cv2.resize(grey, None, fx=scale, fy=scale, interpolation=how)
+    edges = cv2.morphologyEx(grey, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8))
+    otsu, _ = cv2.threshold(edges, 0, 255, cv2.THRESH_OTSU)
+    strong = (edges > max(otsu, _EDGE)).astype(np.uint8)
+    lines = cv2.morphologyEx(strong, cv2.MORPH_CLOSE, np.ones((1, _GAP), np.uint8))
+    lines = cv2.morphologyEx(lines, cv2.MORPH_OPEN, np.ones((_CORE, _CORE), np.uint8))
+    found = np.zeros(grey.shape, bool)
+    _, _, boxes, _ = cv2.connectedComponentsWithStats(lines)
+    for left, top, width, height, area in boxes[1:]:  # the first is the ground
+        place = np.s_[top : top + height, left : left + width]
+        is_line = _LINE_HEIGHTS[0] <= height <= _LINE_HEIGHTS[1] and width >= _LONGER * height
+        if is_line and area >= _SOLID * width * height and _has_strokes(strong[place]):
+            found[place] = True
+    return found
+
+
+def _has_strokes(edges: npt.NDArray[np.uint8]) -> bool:
+    """Whether a box of edges, 0 or 1, looks like a line of letters."""
+    height, width = edges.shape
+    crossed = np.count_nonzero(np.diff(edges, axis=1), axis=1).mean() * height / width
+    return _INK[0] < edges.mean() < _INK[1] and crossed >= _STROKES
 
 
 def fingerprint(frames: Frames) -> tuple[int, int]:

@@ -3,36 +3,9 @@
 Shapes: n rows, s tokens, k context tokens, c channels.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
-
-_ALLOWED: dict[SDPBackend, Callable[[], bool]] = {
-    SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled,
-    SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
-    SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,
-    SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled,
-}
-
-
-def recomputed(module: nn.Module, *args: Any) -> Any:
-    """Call a module whose activations are computed again in the backward pass, not kept.
-
-    Attention then takes the same backends, although the pass may come when others are allowed.
-    """
-    backends = [backend for backend, allowed in _ALLOWED.items() if allowed()]
-
-    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), sdpa_kernel(backends)
-
-    return checkpoint(module, *args, use_reentrant=False, context_fn=contexts)
 
 
 class CrossAttention(nn.Module):

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sgm.training.attention import training_attention
 from sgm.training.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
 from sgm.training.metrics import perceptual_distance
 from sgm.training.module import TrainingModule
@@ -149,12 +148,11 @@ class AdversarialModule(TrainingModule):
             ValueError: a loss or gradient is not finite; names the clips.
         """
         self.generators(batch)  # seeds the dropout
-        with training_attention(self.device):
-            loss, logs, made = self.task.reconstruct(self.engine, batch)
-            fights = self.global_step >= self.task.start
-            if fights:
-                adversarial = self._adversarial_loss(loss, made)
-                loss, logs = loss + adversarial, logs | {"adversarial": adversarial.detach()}
+        loss, logs, made = self.task.reconstruct(self.engine, batch)
+        fights = self.global_step >= self.task.start
+        if fights:
+            adversarial = self._adversarial_loss(loss, made)
+            loss, logs = loss + adversarial, logs | {"adversarial": adversarial.detach()}
             self.require_finite(loss, batch)
             self._step(0, loss, self.trained)
             if fights:

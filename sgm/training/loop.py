@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from sgm.modules.ema import Ema
 from sgm.training import snapshot
-from sgm.training.attention import training_attention
 from sgm.training.draws import StepBatches, clip_generators
 from sgm.training.log import JsonLines, named_clips
 from sgm.training.optim import ADVICE, Optim, set_rate
@@ -137,7 +136,7 @@ class Run:
         batch = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
         set_rate(self.optimizer, self.optim.rate(self.step - self.optimizer_start, progress))
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
-        with autocast, training_attention(self.device):
+        with autocast:
             loss, logs = self.task(self.engine, batch, generator)
         if not torch.isfinite(loss):
             raise ValueError(

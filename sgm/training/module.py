@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader
 from sgm.config import build
 from sgm.modules.draws import ClipGenerators
 from sgm.modules.ema import Ema
-from sgm.training.attention import training_attention
 from sgm.training.draws import StepBatches, clip_generators
 from sgm.training.log import named_clips
 from sgm.training.optim import ADVICE, Optim, set_rate
@@ -82,8 +81,7 @@ class TrainingModule(pl.LightningModule):
             ValueError: the loss is not finite; names the clips.
         """
         generator = self.generators(batch)
-        with training_attention(self.device):
-            loss, logs = self.task(self.engine, batch, generator)
+        loss, logs = self.task(self.engine, batch, generator)
         self.require_finite(loss, batch)
         self.log_dict({"loss": loss.detach(), **logs}, sync_dist=True)
         return loss

@@ -26,7 +26,7 @@ from sgm.training.memory import announce
 from sgm.training.module import StepData, TrainingModule
 from sgm.training.recipe import engine_config, engine_section, typed
 from sgm.training.reporting import make_logger
-from sgm.training.savings import chunk_feed_forwards, store_weights
+from sgm.training.savings import chunk_feed_forwards, skip_idle_attention, store_weights
 from sgm.training.settings import Data, Lightning, Training
 from sgm.training.strategies import WholeFiles
 from sgm.training.tasks import ReconstructionTask
@@ -142,6 +142,7 @@ def _module(recipe: DictConfig, settings: Training) -> TrainingModule:
     if settings.lora:
         adapt(engine, settings.lora, settings.seed)
     chunk_feed_forwards(engine, settings.memory.feed_forward_chunks)
+    skip_idle_attention(engine)
     task = build(settings.task, "training.task")
     kind = AdversarialModule if isinstance(task, AdversarialTask) else TrainingModule
     module = kind(engine, task, settings.optim, settings.seed)

@@ -85,7 +85,7 @@ class Data:
     batch_size: int
     workers: int
     cache: Config = field(default_factory=dict)
-    root: str | None = None
+    root: Any = None  # a path, or several
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from sgm.config import build
-from sgm.training.attention import training_attention
 from sgm.training.draws import clip_generators
 from sgm.training.log import JsonLines
 from sgm.training.module import TrainingModule
@@ -127,7 +126,7 @@ class LevelLosses(Every):
 def averages_in_evaluation(module: TrainingModule) -> Iterator[None]:
     """Have the engine compute by its averaged weights, without dropout or gradients."""
     training = [each for each in module.engine.modules() if each.training]
-    with torch.no_grad(), module.ema.applied(), training_attention(module.device):
+    with torch.no_grad(), module.ema.applied():
         reshard(module.engine)
         module.engine.eval()
         try:

@@ -147,7 +147,7 @@ def test_archives_with_latents_are_read_like_files(videos, tmp_path, capsys):
     assert clips[0]["cond_latents"].shape == (2, 4, 16, 24)
     assert np.median([e.motion_bucket_id for e in clips.entries]) == 127
     assert 0 < len(Clips(out, split="heldout")) < len(clips)
-    assert clips.meta["latents"]["draws"] == 2
+    assert clips.meta[clips.folders[0]]["latents"]["draws"] == 2
 
 
 def test_latents_can_be_added_to_files(prepared, videos, tmp_path):

@@ -58,6 +58,19 @@ def test_an_item_is_the_clip_of_its_number(tmp_path):
     assert clips.describe(2) == "k2 (video 2.mkv at 1.50 s)"
 
 
+def test_items_of_several_collections_follow_each_other(tmp_path):
+    """Catches: an item that is looked for in another collection."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        collection(tmp_path / name)
+    (tmp_path / "a" / "2.mp4").unlink()
+    both, alone = Clips([tmp_path / "a", tmp_path / "b"]), Clips(str(tmp_path / "b"))
+    assert len(both) == 2 * len(alone) == 10
+    assert both[7]["frames"].equal(alone[2]["frames"])
+    with pytest.raises(ValueError, match="k2"):
+        both[2]
+
+
 def test_archives_give_the_same_items_as_files(tmp_path):
     entries = collection(tmp_path, latents=True)
     packed = tmp_path / "packed"

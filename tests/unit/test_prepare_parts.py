@@ -5,20 +5,24 @@ import os
 import signal
 import tarfile
 import time
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from PIL import Image, ImageDraw, ImageFont
 
 from sgm.data.index import Entry, Place, read_index, write_index
 from sgm.data.motion import LINEAR, MotionMap, calibrate, clip_speed, flow_to_bucket
 from sgm.data.mp4 import decode_mp4, encode_mp4
-from sgm.data.quality import Seen, fault, fingerprint
+from sgm.data.quality import Seen, fault, fingerprint, text_share
 from sgm.data.reading import cover, find_videos, numbered_pictures, read_frames
 from sgm.data.shards import write_shards
 from sgm.data.sizes import choose_size, parse_sizes
 from sgm.data.workers import Crash, map_in_processes
 from tests.footage import pan, scene, write_video
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_sizes_are_read_or_refused():
@@ -82,6 +86,38 @@ def test_what_a_clip_is_left_out_for():
     lights[:, 20:40, 20:60] = 220  # a dark picture with something to see in it
     assert fault(lights, 0.01) is None
     assert fault(np.full_like(good, 180), 0.01) == "flat"
+
+
+def lettered(pictures, lines, size):
+    """Pictures with text at the lower edge, outlined as subtitles are."""
+    font, drawn = ImageFont.load_default(size), []
+    for pixels in pictures:
+        image = Image.fromarray(pixels)
+        for row, line in enumerate(reversed(lines)):
+            place = (image.width // 10, image.height - 10 - round((row + 1) * 1.3 * size))
+            outline = {"stroke_width": 2, "stroke_fill": "black"}
+            ImageDraw.Draw(image).text(place, line, fill="white", font=font, **outline)
+        drawn.append(np.asarray(image))
+    return np.stack(drawn)
+
+
+def test_text_that_stays_on_a_moving_photograph():
+    """Catches: edges of things taken for letters, and writing in the scene taken for subtitles."""
+    photograph = np.asarray(Image.open(ROOT / "assets" / "sample.jpg").convert("RGB"))
+    clip = np.stack([photograph[:, x : x + 640] for x in (0, 50, 100)])
+    subtitles = lettered(clip, ["And then she said to him:", "we never had so much snow."], 24)
+    headline = lettered(clip, ["BREAKING NEWS TODAY"], 48)
+    sign = lettered([photograph], ["CITY HOTEL"], 48)[0]
+    passing = np.stack([sign[:, x : x + 400] for x in (0, 120, 240)])
+    assert text_share(clip) < 0.005
+    assert 0.03 < text_share(subtitles) < 0.1
+    assert 0.05 < text_share(headline) < 0.2
+    assert text_share(passing) < 0.005
+    small = np.stack([cv2.resize(frame, (400, 270)) for frame in subtitles])
+    assert text_share(small) > 0.02
+    assert fault(subtitles, 0.01) is None
+    assert fault(subtitles, 0.01, max_text=0.02) == "text"
+    assert fault(clip, 0.01, max_text=0.02) is None
 
 
 def test_duplicates_are_found_after_another_encoding_but_not_by_a_shared_background():

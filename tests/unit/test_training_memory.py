@@ -7,13 +7,20 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import default_collate
+from torch.utils.flop_counter import FlopCounterMode
 
-from sgm.modules.attention import FeedForward
+from sgm.modules.attention import CrossAttention, FeedForward
 from sgm.modules.lora import add_lora
 from sgm.training import memory
 from sgm.training.memory import Needs, count_needs
 from sgm.training.optim import Optim
-from sgm.training.savings import ChunkedFeedForward, chunk_feed_forwards, store_weights
+from sgm.training.savings import (
+    ChunkedFeedForward,
+    OneTokenAttention,
+    chunk_feed_forwards,
+    skip_idle_attention,
+    store_weights,
+)
 from sgm.training.tasks import DiffusionTask, select_trainable
 from tests.tiny import FRAMES, tiny_engine
 from tests.unit.test_training_tasks import LOSS
@@ -77,6 +84,23 @@ def test_checkpoints_and_chunks_give_the_same_gradients(mode):
     assert any(isinstance(m, ChunkedFeedForward) for m in engine.modules())
     assert_same(gradients(engine, task), plain)
     assert plain
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_idle_attention_that_is_skipped_changes_no_gradient(mode):
+    """Catches: a value that is lost, and queries and keys without a gradient: an optimiser's decay
+    leaves out what has none, and several processes wait for it."""
+    plain = gradients(*training(mode))
+    engine, task = training(mode)
+    skip_idle_attention(engine)
+    kinds = [type(m) for m in engine.modules() if isinstance(m, CrossAttention)]
+    assert set(kinds) == {OneTokenAttention}
+    with FlopCounterMode(display=False) as counter:
+        skipped = gradients(engine, task)
+    assert_same(skipped, plain)
+    with FlopCounterMode(display=False) as whole:
+        gradients(*training(mode))
+    assert counter.get_total_flops() < 0.99 * whole.get_total_flops()
 
 
 def test_chunks_keep_one_piece_at_a_time():

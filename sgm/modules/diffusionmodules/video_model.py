@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from sgm.modules.attention import recomputed
 from sgm.modules.diffusionmodules.blocks import VideoResBlock
 from sgm.modules.diffusionmodules.layers import (
     Upsample,
@@ -194,7 +194,7 @@ class VideoUNet(nn.Module):
 
         def run(block: nn.Module, h: Tensor) -> Tensor:
             if self.use_checkpoint and self.training and torch.is_grad_enabled():
-                return recomputed(block, h, *shared)
+                return checkpoint(block, h, *shared, use_reentrant=False)
             return block(h, *shared)
 
         h, skips = x, []
