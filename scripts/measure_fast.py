@@ -8,7 +8,6 @@ neighbouring frames, over that of the exact video) and the time, both ways calle
 """
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -96,8 +95,8 @@ def main() -> int:
     import torch
     from PIL import Image
 
+    from scripts.bench.report import write_figures
     from sgm.data.synthetic import read_photos
-    from sgm.device import device_name
     from sgm.inference.pictures import load_picture
 
     pictures = {PICTURE.name: load_picture(PICTURE)}
@@ -115,9 +114,7 @@ def main() -> int:
     print(f"\n{len(pictures)} pictures, svd_tiny, float32\n\n{text}")
     if arguments.out:
         device = torch.device(arguments.device)
-        about = {"device": device_name(device), "torch": torch.__version__, "model": "svd_tiny"}
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps({"about": about, "steps": table}, indent=2) + "\n")
+        write_figures(arguments.out, device, model="svd_tiny, float32", steps=table)
     return 0
 
 

@@ -11,8 +11,6 @@ ratio elsewhere; and how many pixels are decoded for one that is kept. Worst fig
 """
 
 import argparse
-import json
-import platform
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -214,7 +212,7 @@ def main() -> int:
         parser.error(f"--clips: expected a folder, got {arguments.clips}")
     import torch
 
-    from sgm.device import device_name
+    from scripts.bench.report import write_figures
     from sgm.inference.pipeline import VideoPipeline
 
     pipeline = VideoPipeline.from_spec("svd_tiny", device=arguments.device, dtype="float32")
@@ -222,15 +220,9 @@ def main() -> int:
     table = measure(pipeline, arguments.clips)
     print(f"\n{summary(table)}")
     if arguments.out:
-        about = {
-            "device": device_name(pipeline.device),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "model": "svd_tiny, float32",
-            "clip": f"{FRAMES} frames of {HEIGHT}x{WIDTH}",
-        }
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps({"about": about, "ways": table}, indent=2) + "\n")
+        clip = f"{FRAMES} frames of {HEIGHT}x{WIDTH}"
+        about = {"model": "svd_tiny, float32", "clip": clip, "ways": table}
+        write_figures(arguments.out, pipeline.device, **about)
     return 0
 
 

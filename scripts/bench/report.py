@@ -57,6 +57,13 @@ class Results:
             (self.out / f"{self.name}.svg").write_text(chart, encoding="utf-8")
 
 
+def write_figures(path: Path, device: torch.device, **figures: Any) -> None:
+    """Write figures beside what they depend on, as one JSON file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"machine": machine.describe(device), **figures}
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
 def slug(text: str) -> str:
     """A name for files: ``NVIDIA H100 80GB`` becomes ``nvidia-h100-80gb``."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
