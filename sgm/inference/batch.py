@@ -7,22 +7,24 @@ does not end the run.
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sgm.inference import record
 from sgm.inference.files import expand_inputs, next_output_path, user_path
 from sgm.inference.flags import OUTPUT_FOLDER, SAMPLE_PICTURE, Request, to_options
+from sgm.inference.options import SamplingOptions
 from sgm.inference.settings import ModelFiles, Settings, find_model, resolve
 from sgm.inference.specs import find_file
 
 if TYPE_CHECKING:
     from sgm.inference.pictures import Picture
     from sgm.inference.pipeline import Callback, VideoPipeline
+    from sgm.inference.videos import Video
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +61,14 @@ class Outcome:
         path: the video; None where it failed.
         seconds: that it took; None where it was there already.
         error: what went wrong, where it failed.
+        video: what was written, with its latents; None where nothing was.
     """
 
     source: Path | str
     path: Path | None = None
     seconds: float | None = None
     error: Exception | None = None
+    video: "Video | None" = None
 
 
 def plan_job(request: Request) -> Job:
@@ -82,9 +86,27 @@ def plan_job(request: Request) -> Job:
     return job
 
 
+def decide_machine(options: SamplingOptions) -> dict[str, Any]:
+    """The options that say where and how to compute, with what is best here where nothing is said.
+
+    Raises:
+        ValueError: a device that is not there.
+    """
+    from sgm.device import default_device, parse_device
+    from sgm.inference.dtypes import default_dtype
+
+    device = parse_device(options.device) if options.device else default_device()
+    return {
+        "device": str(device),
+        "dtype": options.dtype or default_dtype(device),
+        "optimize": options.optimize or "exact",
+        "memory": options.memory or "auto",
+    }
+
+
 def make_videos(
     job: Job, load: Callable[[Job], "VideoPipeline"], callback: "Callback | None" = None
-) -> Iterator[Outcome]:
+) -> Generator[Outcome]:
     """Make the videos one by one, in the order of the inputs; a bad picture is passed over.
 
     Args:
@@ -136,17 +158,7 @@ def _plan(request: Request) -> Job:
 
     check_video_size(format, *settings.size)
 
-    from sgm.device import default_device, parse_device  # last: PyTorch takes longer than all above
-    from sgm.inference.dtypes import default_dtype
-
-    device = parse_device(options.device) if options.device else default_device()
-    dtype = options.dtype or default_dtype(device)
-    decided = {
-        "device": str(device),
-        "dtype": dtype,
-        "optimize": options.optimize or "exact",
-        "memory": options.memory or "auto",
-    }
+    decided = decide_machine(options)  # last: PyTorch takes longer than all above
     return Job(
         files,
         replace(settings, options=settings.options.replace(**decided)),
@@ -211,13 +223,14 @@ def _make(
                 "seconds": round(time.monotonic() - began, 2),
                 "made_with": record.describe_machine(device_name(pipeline.device)),
             }
-            complete = record.with_checkpoint(run.described, checkpoint_sha256()) | made
+            described = record.with_finding(run.described, video.flagged)
+            complete = record.with_checkpoint(described, checkpoint_sha256()) | made
             with _text_beside(path.with_suffix(".json"), json.dumps(complete, indent=2)):
                 video.save(path)
     except (ValueError, OSError, MemoryError) as error:
         logger.debug("%s failed", run.source, exc_info=True)
         return Outcome(run.source, error=error)
-    return Outcome(run.source, path, time.monotonic() - began)
+    return Outcome(run.source, path, time.monotonic() - began, video=video)
 
 
 @contextmanager

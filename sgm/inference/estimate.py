@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from sgm.device import memory_errors
 from sgm.inference.dtypes import decoder_dtype
@@ -121,6 +122,26 @@ def reading_seconds(paths: Sequence[Path]) -> float:
         return (time.perf_counter() - began) * sum(sizes.values()) / max(1, read)
 
 
+class _Counter(TorchDispatchMode):
+    """Counts in its own thread: PyTorch's `FlopCounterMode` hooks into the modules of all."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0.0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        count, kwargs = flop_registry.get(func._overloadpacket), kwargs or {}
+        if count is None:
+            with self:
+                result = func.decompose(*args, **kwargs)
+            return func(*args, **kwargs) if result is NotImplemented else result
+        result = func(*args, **kwargs)
+        self.flops += count(*args, **kwargs, out_val=result)
+        return result
+
+
 def _network_flops(
     network: Any, first_stage: Any, config: dict[str, Any], settings: Settings
 ) -> float:
@@ -130,7 +151,7 @@ def _network_flops(
     x = torch.empty(t, params["in_channels"], h, w)
     context = torch.empty(t, 1, width) if width else None
     vector = torch.empty(t, params["adm_in_channels"]) if params.get("num_classes") else None
-    with FlopCounterMode(display=False) as counter:
+    with _Counter() as counter:
         network(
             x,
             torch.empty(t),
@@ -139,7 +160,7 @@ def _network_flops(
             num_video_frames=t,
             image_only_indicator=torch.zeros(1, t),
         )
-    return counter.get_total_flops()
+    return counter.flops
 
 
 def _decoder_flops(first_stage: Any, network: nn.Module, settings: Settings) -> float:
@@ -148,9 +169,9 @@ def _decoder_flops(first_stage: Any, network: nn.Module, settings: Settings) -> 
     z = first_stage.decoder.conv_in.in_channels
     timesteps = {"timesteps": chunk} if isinstance(first_stage.decoder, VideoDecoder) else {}
     latents = torch.empty(chunk, z, *_latent_size(network, first_stage, settings))
-    with FlopCounterMode(display=False) as counter:
+    with _Counter() as counter:
         first_stage.decode(latents, **timesteps)
-    return counter.get_total_flops() * t / chunk
+    return counter.flops * t / chunk
 
 
 def _latent_size(network: Any, first_stage: Any, settings: Settings) -> tuple[int, int]:

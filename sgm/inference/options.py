@@ -45,6 +45,10 @@ def _number(help: str, **more: Any) -> Any:
     return _option("number", help, **more)
 
 
+def _switch(help: str) -> Any:
+    return _option("switch", help, default=False)
+
+
 def _choice(help: str, choices: Sequence[str], **more: Any) -> Any:
     return _option("choice", help, choices=tuple(choices), **more)
 
@@ -94,14 +98,31 @@ class SamplingOptions:
         "Guidance where it is strongest; the only value of 'constant'.", min=0, max=100, step=0.1
     )
     fit: str = _choice(
-        "How the picture meets the size: crop its centre, pad with the background, or distort.",
+        "How the picture meets the size: crop it, pad with the background, or distort.",
         FITS,
         default="cover",
+    )
+    crop_x: float = _number(
+        "Where the crop lies, or the picture in its padding: 0 is left, 0.5 the centre, 1 right.",
+        default=0.5,
+        min=0,
+        max=1,
+        step=0.01,
+    )
+    crop_y: float = _number(
+        "Where the crop lies, or the picture in its padding: 0 is the top, 1 the bottom.",
+        default=0.5,
+        min=0,
+        max=1,
+        step=0.01,
     )
     background: str = _option(
         "colour", "Colour behind a transparent picture and of padding.", default="white"
     )
     videos_per_image: int = _integer("Videos made from each picture.", default=1, min=1, max=1024)
+    watermark: bool = _switch(
+        "Hide a mark of 48 bits in every frame, by which programs tell that a model made it."
+    )
 
     guidance_shape: str | None = _choice(
         "How guidance varies over the frames.", GUIDANCE_SHAPES, group="expert"
@@ -156,6 +177,13 @@ class SamplingOptions:
         "LoRA files to add to the weights, each with how much of it: FILE or FILE:0.8.",
         group="expert",
         unset="none",
+    )
+    safety_filter: str | None = _option(
+        "path",
+        "Folder with the weights of CLIP and of two heads that judge every frame; a video that "
+        "they flag is blurred.",
+        group="expert",
+        unset="off",
     )
     output: str = _choice(
         "What the pipeline returns: 8-bit frames, float arrays or tensors, or undecoded latents.",
@@ -236,6 +264,10 @@ def expected(option: Option) -> str:
             return "a device such as cpu, cuda, cuda:1 or mps"
         case "files":
             return "a file or several, with commas between"
+        case "path":
+            return "a folder"
+        case "switch":
+            return "true or false"
     noun = {"integer": "an integer", "number": "a number", "numbers": "a number or a list of them"}
     top = "2^63 - 1" if meta["max"] == 2**63 - 1 else meta["max"]
     return f"{noun[meta['kind']]} from {meta['min']} to {top}"
@@ -267,7 +299,10 @@ def _describe_groups(wrapper: TextWrapper) -> Iterator[str]:
 
 
 def _default(option: Option) -> str:
-    return option.metadata["unset"] if option.default is None else str(option.default)
+    if option.default is None:
+        return str(option.metadata["unset"])
+    switch = option.metadata["kind"] == "switch"
+    return str(option.default).lower() if switch else str(option.default)
 
 
 def _range(option: Option) -> str:
@@ -295,6 +330,10 @@ def _check(option: Option, value: Any) -> Any:
                 return _check_numbers(meta, value)
             case "files":
                 return _check_files(value)
+            case "path":
+                return _check_path(value)
+            case "switch":
+                return _check_switch(value)
             case kind:
                 return _check_text(kind, meta["choices"], value)
     except (TypeError, ValueError):
@@ -331,6 +370,20 @@ def _check_files(value: Any) -> tuple[str, ...]:
     if not all(files):
         raise ValueError
     return files
+
+
+def _check_path(value: Any) -> str:
+    if not isinstance(value, str | PurePath):
+        raise TypeError
+    if not str(value).strip():
+        raise ValueError
+    return str(value)
+
+
+def _check_switch(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
 
 
 def _check_text(kind: str, choices: Sequence[str] | None, value: Any) -> str:

@@ -29,6 +29,7 @@ MAX_PIXELS = 120_000_000
 MAX_DOWNLOAD = 256 * 2**20  # bytes
 DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
 DOWNLOAD_LIMIT = 300.0  # seconds in all
+CENTRE = (0.5, 0.5)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +99,12 @@ def native_size(
 
 
 def fit_picture(
-    picture: Picture, height: int, width: int, mode: str = "cover", background: str = "white"
+    picture: Picture,
+    height: int,
+    width: int,
+    mode: str = "cover",
+    background: str = "white",
+    place: tuple[float, float] = CENTRE,
 ) -> Tensor:
     """Bring a picture to exactly the given size, antialiased (Lanczos).
 
@@ -106,23 +112,25 @@ def fit_picture(
         picture: what `load_picture` gave.
         height: of the result, in pixels.
         width: of the result, in pixels.
-        mode: ``cover`` fills the size and crops the overhang evenly; ``contain`` shows the whole
-            picture centred on the background; ``stretch`` ignores the proportions.
+        mode: ``cover`` fills the size and crops the overhang; ``contain`` shows the whole picture
+            on the background; ``stretch`` ignores the proportions.
         background: colour behind transparent parts and around a contained picture.
+        place: x and y in [0, 1] of the crop in the picture, or of the contained picture on the
+            background; (0, 0) is the upper left corner, (1, 1) the lower right one.
 
     Returns:
         Float32 tensor (3, height, width) in [-1, 1].
     """
     size = (width, height)
     if mode == "cover":
-        image = _resize(picture.image, size, _cover_box(picture.image, size))
+        image = _resize(picture.image, size, _cover_box(picture.image, size, place))
     elif mode == "contain":
         image = _resize(picture.image, _contained_size(picture.image, size))
     elif mode == "stretch":
         image = _resize(picture.image, size)
     else:
         raise ValueError(f"fit must be one of cover, contain, stretch, got {mode!r}")
-    pixels = np.asarray(_on_background(image, size, background), dtype=np.float32)
+    pixels = np.asarray(_on_background(image, size, background, place), dtype=np.float32)
     return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1).contiguous()
 
 
@@ -334,12 +342,16 @@ def _channels_last(tensor: Tensor) -> Array:
     return tensor.permute(1, 2, 0).numpy()
 
 
-def _cover_box(image: Image.Image, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The largest centred box (left, top, right, bottom) with the proportions of ``size``."""
+def _cover_box(
+    image: Image.Image, size: tuple[int, int], place: tuple[float, float]
+) -> tuple[float, float, float, float]:
+    """The largest box (left, top, right, bottom) there with the proportions of ``size``."""
     width = min(image.width, image.height * size[0] / size[1])
     height = min(image.height, image.width * size[1] / size[0])
-    left, top = (image.width - width) / 2, (image.height - height) / 2
-    return left, top, image.width - left, image.height - top
+    x, y = place
+    left, right = x * (image.width - width), (1 - x) * (image.width - width)
+    top, bottom = y * (image.height - height), (1 - y) * (image.height - height)
+    return left, top, image.width - right, image.height - bottom
 
 
 def _contained_size(image: Image.Image, size: tuple[int, int]) -> tuple[int, int]:
@@ -356,9 +368,15 @@ def _resize(
     return image.resize(size, Image.Resampling.LANCZOS, box, reducing_gap=3.0)
 
 
-def _on_background(image: Image.Image, size: tuple[int, int], background: str) -> Image.Image:
-    """Centre an image on a canvas of one colour: alpha * image + (1 - alpha) * background."""
+def _on_background(
+    image: Image.Image,
+    size: tuple[int, int],
+    background: str,
+    place: tuple[float, float] = CENTRE,
+) -> Image.Image:
+    """Put an image on a canvas of one colour: alpha * image + (1 - alpha) * background."""
     canvas = Image.new("RGBA", size, background)
-    left, top = (size[0] - image.width) // 2, (size[1] - image.height) // 2
+    left = int(place[0] * (size[0] - image.width))
+    top = int(place[1] * (size[1] - image.height))
     canvas.alpha_composite(image.convert("RGBA"), (left, top))
     return canvas.convert("RGB")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sgm.checkpoint import load_checkpoint
 from sgm.device import default_device, memory_errors, parse_device
+from sgm.inference import watermark
 from sgm.inference.budget import HIGH, MemoryPlan, next_smaller
 from sgm.inference.conditioning import embed, make_batch
 from sgm.inference.dtypes import decoder_dtype, default_dtype
@@ -31,11 +32,14 @@ from sgm.inference.pictures import (
     native_size,
 )
 from sgm.inference.placement import FAST_GUIDED, Placement, choose_plan
+from sgm.inference.safety import FRAMES_AT_ONCE, SafetyFilter, blur, find_filter
 from sgm.inference.settings import ModelFiles, Settings, find_model, resolve
 from sgm.inference.tiling import decode_tiled
-from sgm.inference.videos import Video
+from sgm.inference.videos import Frames, Video
 from sgm.inference.weights import given_lora
 from sgm.models.diffusion import DiffusionEngine
+from sgm.modules.encoders.conditioner import Conditioning
+from sgm.modules.encoders.video import VideoPredictionEmbedderWithEncoder
 from sgm.util import instantiate_from_config
 
 logger = logging.getLogger(__name__)
@@ -56,6 +60,10 @@ class Progress:
         total: all steps of the stage.
         sigma: the noise level that the last sampling step began with.
         latents: the clean latents (t, z, h / f, w / f) as estimated there, scaled.
+        picture: when encoding is done, the picture that conditions the run, at the size that the
+            network takes: (3, h, w) in [-1, 1].
+        picture_latents: its latents (z, h / f, w / f), scaled like the video's; None where the
+            model sees it in another form.
     """
 
     stage: Stage
@@ -63,6 +71,8 @@ class Progress:
     total: int
     sigma: float | None = None
     latents: Tensor | None = None
+    picture: Tensor | None = None
+    picture_latents: Tensor | None = None
 
 
 Callback = Callable[[Progress], bool | None]
@@ -103,6 +113,7 @@ class VideoPipeline:
             _report(callback, Progress("loading", done // 10**6, max(1, total // 10**6)))
 
         self.placement = Placement(engine, self.device, self.dtype, optimize, plan, placed)
+        self._judge: SafetyFilter | None = None
 
     @classmethod
     def from_spec(
@@ -305,6 +316,7 @@ class VideoPipeline:
         for name, given in (("noise", noise), ("latents", latents)):
             if given is not None and given.shape != shape:
                 raise ValueError(f"{name} must have the shape {shape}, got {tuple(given.shape)}")
+        judge = self._safety_filter(settings.options)
         with torch.inference_mode():
             if latents is None:
                 latents = self._sample(pixels, settings, noise, callback)
@@ -314,7 +326,22 @@ class VideoPipeline:
                     frames[-1] = self._crop(pixels, settings)
         # Outside of inference mode, copies and results are tensors that autograd takes.
         latents = latents.clone()
-        return latents if options.output == "latents" else _in_form(frames, latents, options)
+        if options.output == "latents":
+            return latents
+        return _in_form(frames, latents, settings.options, judge, callback)
+
+    def _safety_filter(self, options: SamplingOptions) -> SafetyFilter | None:
+        """The filter that the options name; it is kept for the next video.
+
+        Raises:
+            ValueError: it does not work.
+        """
+        if options.safety_filter is None:
+            return None
+        files = find_filter(options.safety_filter)
+        if self._judge is None or self._judge.files.folder != files.folder:
+            self._judge = SafetyFilter(files)
+        return self._judge
 
     def _prepare(self, picture: Picture, settings: Settings) -> Tensor:
         """The picture at the size of the video, padded to what the network takes: (3, h, w)."""
@@ -323,7 +350,8 @@ class VideoPipeline:
         if self.spec.orbit:
             side = min(height, width)
             picture = cut_out_object(picture, options.image_frame_ratio, side)
-        pixels = fit_picture(picture, height, width, options.fit, options.background)
+        place = options.crop_x, options.crop_y
+        pixels = fit_picture(picture, height, width, options.fit, options.background, place)
         unit = self.size_multiple
         pad_h, pad_w = -height % unit, -width % unit
         padding = (pad_w // 2, pad_w - pad_w // 2, pad_h // 2, pad_h - pad_h // 2)
@@ -358,7 +386,8 @@ class VideoPipeline:
         batch = make_batch(pixels, settings, aug_noise, self.device)
         with self.placement.running("encoding"):
             c, uc = embed(self.engine.conditioner, batch, frames)
-        _report(callback, Progress("encoding", 1, 1))
+        own = self._picture_latents(c)
+        _report(callback, Progress("encoding", 1, 1, picture=pixels, picture_latents=own))
         sampler = instantiate_from_config(settings.sampler_config)
         if self.optimize == "fast":
             sampler.guider.interval = FAST_GUIDED
@@ -386,6 +415,14 @@ class VideoPipeline:
         if not torch.isfinite(latents).all():
             raise ValueError(_not_finite("latents", self.dtype))
         return latents
+
+    def _picture_latents(self, conditioning: Conditioning) -> Tensor | None:
+        """What the conditioning has of the picture's latents, scaled like the video's."""
+        for embedder in self.engine.conditioner.embedders:
+            if isinstance(embedder, VideoPredictionEmbedderWithEncoder):
+                scale = self.engine.scale_factor / embedder.scale_factor
+                return scale * conditioning["concat"][0]
+        return None
 
     def _decode(self, latents: Tensor, settings: Settings, callback: Callback | None) -> Tensor:
         """Frames (t, 3, h, w) in [-1, 1], float32 on the CPU."""
@@ -429,7 +466,13 @@ def video_seeds(options: SamplingOptions) -> list[int]:
     return [(options.seed + k) % 2**63 for k in range(options.videos_per_image)]
 
 
-def _in_form(frames: Tensor, latents: Tensor, options: SamplingOptions) -> Any:
+def _in_form(
+    frames: Tensor,
+    latents: Tensor,
+    options: SamplingOptions,
+    judge: SafetyFilter | None,
+    callback: Callback | None,
+) -> Any:
     """Frames (t, 3, h, w) in [-1, 1] in the form that ``options.output`` names."""
     match options.output:
         case "tensor":
@@ -437,7 +480,28 @@ def _in_form(frames: Tensor, latents: Tensor, options: SamplingOptions) -> Any:
         case "numpy":
             return ((frames + 1) / 2).permute(0, 2, 3, 1).numpy()
     levels = ((frames + 1) * 127.5).round_().to(torch.uint8)
-    return Video(np.ascontiguousarray(levels.permute(0, 2, 3, 1).numpy()), options.fps, latents)
+    shown: Frames = np.ascontiguousarray(levels.permute(0, 2, 3, 1).numpy())
+    flagged = _finding(judge, shown, callback)
+    if flagged:
+        logger.warning("the safety filter has found something: the video is blurred")
+        shown = blur(shown)
+    # Last, so that a blurred video carries it too.
+    shown = watermark.embed(shown) if options.watermark else shown
+    return Video(shown, options.fps, None if flagged else latents, flagged)
+
+
+def _finding(judge: SafetyFilter | None, frames: Frames, callback: Callback | None) -> bool | None:
+    """Whether the safety filter finds something in (t, h, w, 3); None without a filter.
+
+    The last report of decoding is repeated meanwhile, for a callback may end the run.
+    """
+    if judge is None:
+        return None
+    found = False
+    for first in range(0, len(frames), FRAMES_AT_ONCE):
+        found = found or judge.flags(frames[first : first + FRAMES_AT_ONCE])
+        _report(callback, Progress("decoding", len(frames), len(frames)))
+    return found
 
 
 def _not_finite(what: str, dtype: torch.dtype) -> str:

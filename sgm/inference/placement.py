@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sgm.inference.budget import HIGH, MemoryPlan, Stage, free_bytes, plan_memory
+from sgm.inference.budget import HIGH, MemoryPlan, Needs, Stage, free_bytes, plan_memory
 from sgm.inference.dtypes import decoder_dtype, first_stage_dtype
 from sgm.inference.lockstep import DecoderInStep
-from sgm.inference.needs import Job, blocks_of, count_needs
+from sgm.inference.needs import Job, blocks_of, count_needs, meta_copy
 from sgm.inference.optimized import OptimizedDecoder, OptimizedNetwork, Place
 from sgm.inference.optimized.layers import lay_out_for_accelerator
 from sgm.inference.optimized.scaling import FLOAT16_SCALE, scale_stream
@@ -146,18 +146,32 @@ def encoding_parts(
             yield embedder, dtype
 
 
-def choose_plan(engine: DiffusionEngine, settings: Settings) -> MemoryPlan:
+def choose_plan(engine: DiffusionEngine, settings: Settings, free: int | None = None) -> MemoryPlan:
     """The memory plan that a run's options ask for; for ``auto`` the fastest that fits.
 
     Args:
         engine: loaded, its weights wherever they are.
         settings: of the run.
+        free: bytes that the device has for it; None for what is free now.
     """
     options = settings.options
     device = torch.device(str(options.device))
     mode = options.memory or "auto"
     if mode == "auto" and (options.optimize == "none" or device.type != "cuda"):
         return HIGH
+    free = free_bytes(device) if free is None else free
+    return plan_memory(mode, free, needs_of(engine, settings))
+
+
+def needs_of(engine: DiffusionEngine, settings: Settings) -> Needs:
+    """What a run takes on its device; counted under each plan when it is first asked for.
+
+    Args:
+        engine: with its weights wherever they are, on the meta device too.
+        settings: of the run.
+    """
+    options = settings.options
+    device = torch.device(str(options.device))
     dtype: torch.dtype = getattr(torch, str(options.dtype))
     plain: Any = engine.model.diffusion_model
     f = engine.first_stage_model.downsampling
@@ -172,13 +186,15 @@ def choose_plan(engine: DiffusionEngine, settings: Settings) -> MemoryPlan:
         wide=decoder_dtype(device, dtype, str(options.optimize)),
     )
 
-    def make_network(plan: MemoryPlan) -> OptimizedUNet:
+    def make_network(plan: MemoryPlan) -> nn.Module:
+        if options.optimize == "none":
+            return meta_copy(plain, dtype)
         unet = OptimizedUNet(plain, partial(torch.Tensor.to, device="meta", dtype=dtype))
         unet.split_feed_forwards(plan.feed_forward_chunks)
         return unet
 
-    needs = count_needs(engine, job, list(encoding_parts(engine, dtype)), make_network)
-    return plan_memory(mode, free_bytes(device), needs)
+    encoders = list(encoding_parts(engine, dtype))
+    return count_needs(engine, job, encoders, make_network, options.optimize != "none")
 
 
 class _Loading:

@@ -33,17 +33,21 @@ class StageClock:
 
     def describe(self, progress: "Progress") -> str:
         """The stage, its steps and the remaining time, such as ``sampling 3/25, 40 s left``."""
+        left = self.seconds_left(progress)
+        unit = " MB" if progress.stage == "loading" else ""
+        text = f"{progress.stage} {progress.step}/{progress.total}{unit}"
+        return f"{text}, {duration(left)} left" if left else text
+
+    def seconds_left(self, progress: "Progress") -> float | None:
+        """The remaining time of the stage; None before its first step is done."""
         now = self._clock()
         if progress.stage != self._stage:
             # Sampling first reports after a step: it began where the stage before it ended.
             self._stage, self._began = progress.stage, self._last if progress.step else now
         self._last = now
-        unit = " MB" if progress.stage == "loading" else ""
-        text = f"{progress.stage} {progress.step}/{progress.total}{unit}"
-        if 0 < progress.step < progress.total:
-            left = (now - self._began) / progress.step * (progress.total - progress.step)
-            text += f", {duration(left)} left"
-        return text
+        if not progress.step:
+            return None
+        return (now - self._began) / progress.step * (progress.total - progress.step)
 
 
 class ProgressLine:

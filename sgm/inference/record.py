@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any, cast
 import sgm
 from sgm.inference.files import is_address, user_path
 from sgm.inference.flags import Request
+from sgm.inference.options import SamplingOptions
 from sgm.inference.settings import ModelFiles, Settings
 
 if TYPE_CHECKING:
     from sgm.inference.pictures import Picture
 
 Record = dict[str, Any]
+
+OFF = "off"  # what a record says of a safety filter that was not asked for
 
 # What decides the pixels and the file; the rest says where things lay and who computed.
 _DECIDING = ("version", "format", "options", "sampler_config")
@@ -35,14 +38,17 @@ def describe_run(files: ModelFiles, settings: Settings, source: Record, format: 
         source: what :func:`describe_input` gave.
         format: mp4, gif, webp or png.
     """
+    options = settings.options
     record = {
         "version": files.spec.name,
         "format": format,
-        "options": settings.options.replace(videos_per_image=1).to_dict(),
+        "options": options.replace(videos_per_image=1).to_dict(),
         "sampler_config": settings.sampler_config,
         "input": source,
         "config": _located(files.config_path, _sha256_of_config(files)),
         "checkpoint": _located(files.checkpoint, None),
+        "watermark": options.watermark,
+        "safety_filter": _describe_filter(options.safety_filter) if options.safety_filter else OFF,
     }
     return cast(Record, json.loads(json.dumps(record)))
 
@@ -50,6 +56,13 @@ def describe_run(files: ModelFiles, settings: Settings, source: Record, format: 
 def with_checkpoint(record: Record, sha256: str) -> Record:
     """The record with the hash of the weights."""
     return record | {"checkpoint": record["checkpoint"] | {"sha256": sha256}}
+
+
+def with_finding(record: Record, flagged: bool | None) -> Record:
+    """The record with what the safety filter found; None where it was off."""
+    if flagged is None:
+        return record
+    return record | {"safety_filter": record["safety_filter"] | {"flagged": flagged}}
 
 
 def describe_input(source: str | Path, picture: "Picture") -> Record:
@@ -73,9 +86,14 @@ def describe_machine(device_name: str) -> Record:
 
 
 def identity(record: Record) -> Record:
-    """The part of a record that decides the video: two runs with the same give the same."""
+    """The part of a record that decides the video: two runs with the same give the same.
+
+    An option that a record of an older version lacks has its default.
+    """
     hashes = {name: record[name]["sha256"] for name in _HASHED}
-    return {name: record[name] for name in _DECIDING} | hashes
+    judged = {"safety_filter": _filter_sha256(record)}
+    options = SamplingOptions().to_dict() | record["options"] | judged
+    return {name: record[name] for name in _DECIDING} | hashes | {"options": options}
 
 
 def read_record(path: str | Path) -> Record:
@@ -160,6 +178,9 @@ def refuse_changes(
         found["config"] = "config", lambda: _sha256_of_config(files)
     if not (asked.ckpt_path or asked.version or "lora" in asked.options):
         found["checkpoint"] = "ckpt_path", checkpoint_sha256
+    if _filter_sha256(record) and "safety_filter" not in asked.options:
+        folder = record["safety_filter"]["path"]
+        found["safety_filter"] = "safety_filter", lambda: _describe_filter(folder)["sha256"]
     for name, (flag, sha256) in found.items():
         if sha256() != record[name]["sha256"]:
             raise ValueError(
@@ -176,14 +197,10 @@ def background_sha256(find: Callable[[], Sequence[Path]]) -> Iterator[Callable[[
     hash of the only file, or that of the hashes of several in rising order, a line for each: where
     they lie and how they are called does not count. Leaving the block ends the work.
     """
-    from sgm.checkpoint import sha256_of
-
     cancel = Event()
 
     def digest() -> str:
-        digests = sorted(sha256_of(path, cancel) or "" for path in find())
-        lines = "\n".join(digests)
-        return lines if len(digests) == 1 else hashlib.sha256(lines.encode()).hexdigest()
+        return _sha256_of_files(find(), cancel)
 
     with ThreadPoolExecutor(1, "sha256") as pool:
         future = pool.submit(digest)
@@ -197,6 +214,32 @@ def sha256_of_file(path: str | Path) -> str:
     """Hash a small file."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256_of_files(paths: Iterable[Path], cancel: Event | None = None) -> str:
+    """The hash of one large file, or that of the hashes of several."""
+    from sgm.checkpoint import sha256_of
+
+    digests = sorted(sha256_of(path, cancel) or "" for path in paths)
+    lines = "\n".join(digests)
+    return lines if len(digests) == 1 else hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _describe_filter(folder: str) -> Record:
+    """Where a safety filter lies, and the hash of its weights.
+
+    Raises:
+        ValueError: it is no longer there.
+    """
+    from sgm.inference.safety import find_filter
+
+    return _located(Path(folder), _sha256_of_files(find_filter(folder).files))
+
+
+def _filter_sha256(record: Record) -> str | None:
+    """The hash of the weights of a record's safety filter; None where it was off."""
+    described = record.get("safety_filter", OFF)
+    return None if described == OFF else described["sha256"]
 
 
 def _sha256_of_config(files: ModelFiles) -> str:

@@ -239,7 +239,7 @@ def resolve(
     )
     for name in ("elevations_deg", "azimuths_deg"):
         _check_angles(name, getattr(options, name), cast(int, decided.num_frames))
-    return Settings(decided, sampler_config)
+    return Settings(_with_filters(decided), sampler_config)
 
 
 def _asked_size(options: SamplingOptions, native: tuple[int, int]) -> tuple[int, int]:
@@ -258,6 +258,26 @@ def _check_angles(name: str, angles: tuple[float, ...] | None, frames: int) -> N
     if angles is not None and len(angles) not in allowed:
         numbers = " or ".join(str(n) for n in allowed)
         raise ValueError(f"{name} must hold {numbers} angles, got {len(angles)}")
+
+
+def _with_filters(options: SamplingOptions) -> SamplingOptions:
+    """Make sure that what is to be done to the frames can be, and say where the filter lies.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    asked = [name for name in ("watermark", "safety_filter") if getattr(options, name)]
+    if asked and options.output != "frames":
+        raise ValueError(f"{' and '.join(asked)} need output frames, got {options.output}")
+    if options.watermark:
+        from sgm.inference.watermark import check_watermark
+
+        check_watermark(cast(int, options.height), cast(int, options.width))
+    if options.safety_filter is None:
+        return options
+    from sgm.inference.safety import find_filter  # PyTorch, for this option alone
+
+    return options.replace(safety_filter=str(find_filter(options.safety_filter).folder))
 
 
 def _sampler_config(options: SamplingOptions, given: Mapping[str, Any], spec: ModelSpec) -> Config:

@@ -10,6 +10,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(__file__).resolve().parents[1]
 
+# Nothing of it is repeated in other words: whoever uses the weights has to read it.
+STABILITY_LICENCE = (
+    "Stability AI's own, which restricts use, above all commercial: https://stability.ai/license"
+)
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -17,6 +22,7 @@ class ModelSpec:
 
     Attributes:
         name: what ``--version`` takes; also the stem of its YAML and of its weights.
+        parameters: numbers in its file.
         num_frames: frames it was trained for.
         height: native height in pixels.
         width: native width in pixels.
@@ -35,9 +41,11 @@ class ModelSpec:
         pipeline: the repository also holds it as a diffusers pipeline, which is half the size.
         base: the model whose weights it takes, but for the U-Net, which is all that its own file
             holds.
+        licence: of its weights, in words.
     """
 
     name: str
+    parameters: int
     num_frames: int
     height: int
     width: int
@@ -53,6 +61,7 @@ class ModelSpec:
     published: str | None = None
     pipeline: bool = False
     base: str | None = None
+    licence: str = STABILITY_LICENCE
 
     @property
     def file(self) -> str:
@@ -86,19 +95,26 @@ class ModelSpec:
 _HUB = "stabilityai/stable-video-diffusion-img2vid"
 
 
-def _svd(name: str, about: str, pipeline: bool = True) -> ModelSpec:
-    return ModelSpec(name, 14, 576, 1024, 25, 1.0, 2.5, about, repository=_HUB, pipeline=pipeline)
+# Published files with the temporal decoder, and with the one that takes frames one by one.
+_VIDEO_DECODER, _IMAGE_DECODER = 2_389_819_785, 2_375_730_873
 
 
-def _xt(name: str, about: str, suffix: str = "-xt", pipeline: bool = True) -> ModelSpec:
-    return ModelSpec(
-        name, 25, 576, 1024, 30, 1.5, 3.0, about, repository=_HUB + suffix, pipeline=pipeline
-    )
+def _svd(name: str, about: str, parameters: int = _VIDEO_DECODER) -> ModelSpec:
+    pipeline = parameters == _VIDEO_DECODER
+    shape = 14, 576, 1024, 25, 1.0, 2.5
+    return ModelSpec(name, parameters, *shape, about, repository=_HUB, pipeline=pipeline)
 
 
-def _sv3d(name: str, about: str) -> ModelSpec:
+def _xt(name: str, about: str, suffix: str = "-xt", parameters: int = _VIDEO_DECODER) -> ModelSpec:
+    pipeline = parameters == _VIDEO_DECODER
+    shape = 25, 576, 1024, 30, 1.5, 3.0
+    return ModelSpec(name, parameters, *shape, about, repository=_HUB + suffix, pipeline=pipeline)
+
+
+def _sv3d(name: str, about: str, parameters: int) -> ModelSpec:
     return ModelSpec(
         name,
+        parameters,
         *(21, 576, 576, 50, 1.0, 2.5),
         about,
         guidance_shape="triangle",
@@ -114,24 +130,34 @@ SPECS = {
     for spec in (
         _xt("svd_xt", "25 frames of 576x1024"),
         _svd("svd", "14 frames of 576x1024"),
-        ModelSpec("svd_tiny", 14, 64, 64, 25, 1.0, 2.0, "14 frames of 64x64, bundled"),
+        ModelSpec(
+            "svd_tiny",
+            19_007_214,
+            *(14, 64, 64, 25, 1.0, 2.0),
+            "14 frames of 64x64, bundled",
+            licence="MIT, as this project",
+        ),
         _xt("svd_xt_1_1", "25 frames of 576x1024, tuned at 6 frames/s and motion 127", "-xt-1-1"),
-        _svd("svd_image_decoder", "svd with a decoder that takes frames one by one", False),
+        _svd(
+            "svd_image_decoder", "svd with a decoder that takes frames one by one", _IMAGE_DECODER
+        ),
         _xt(
             "svd_xt_image_decoder",
             "svd_xt with a decoder that takes frames one by one",
-            pipeline=False,
+            parameters=_IMAGE_DECODER,
         ),
-        _sv3d("sv3d_u", "21 views around an object, 576x576"),
-        _sv3d("sv3d_p", "21 views around an object, 576x576, camera path given"),
+        _sv3d("sv3d_u", "21 views around an object, 576x576", 2_340_911_829),
+        _sv3d("sv3d_p", "21 views around an object, 576x576, camera path given", 2_342_222_549),
         ModelSpec(
             "svd_xt_lcm",
+            1_524_623_082,
             *(25, 576, 1024, 4, 1.0, 1.2),
             "25 frames of 576x1024 in 2 to 8 steps, without guidance",
             guidance_shape="none",
             repository="wangfuyun/AnimateLCM-SVD-xt",
             published="AnimateLCM-SVD-xt.safetensors",
             base="svd_xt",
+            licence=f"the publisher's, and that of svd_xt: {STABILITY_LICENCE}",
         ),
     )
 }

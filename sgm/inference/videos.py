@@ -33,11 +33,14 @@ class Video:
         frames: uint8 (t, h, w, 3), RGB.
         fps: frames per second of the file.
         latents: the undecoded (t, c, h / factor, w / factor) tensor, where it was kept.
+        flagged: whether the safety filter found something, so that the frames are blurred and
+            there are no latents; None where it was off.
     """
 
     frames: Frames
     fps: int
     latents: "Tensor | None" = None
+    flagged: bool | None = None
 
     def save(self, path: str | Path) -> Path:
         """Write to ``path``, in the format of its suffix (none: a folder of png files)."""

@@ -1,0 +1,421 @@
+"""The page in Gradio, which is an HTTP API as well: ``python -m scripts.demo.gradio_app``.
+
+Its parameters are the options of the command line, under the same names. From Python, after
+``pip install gradio_client``::
+
+    from gradio_client import Client, handle_file
+
+    client = Client("http://127.0.0.1:7860")
+    picture = {"image": handle_file("photo.jpg")}
+    files, records, _ = client.predict(pictures=[picture], seed=7, api_name="/generate")
+
+``files`` are the videos, ``records`` what made each of them, as JSON; ``client.view_api()`` lists
+all parameters.
+From elsewhere: the page's footer says how under "Use via API". Cancel a run with ``/cancel``.
+"""
+
+import json
+import os
+import secrets
+import sys
+from base64 import b64encode
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from functools import partial, wraps
+from hashlib import sha256
+from html import escape
+from inspect import Parameter, Signature, signature
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import gradio as gr
+
+from scripts.demo.arguments import page_parser
+from sgm.inference.flags import SAMPLE_PICTURE, Request
+from sgm.inference.options import GROUPS, Option, SamplingOptions, expected, option_fields
+from sgm.inference.specs import SPECS, default_spec, find_file
+from sgm.inference.videos import write_video
+from sgm.serving.gallery import Run
+from sgm.serving.limits import Limits, is_path
+from sgm.serving.models import default_offer
+from sgm.serving.queue import Cancelled, Ticket
+from sgm.serving.studio import Order, RunProgress, Studio
+
+TITLE = "A picture becomes a video"
+IN_SIGHT = ("motion_bucket_id", "num_frames", "num_steps", "seed")
+SLIDER_STEPS = 256  # a longer range is typed
+POLL_SECONDS = 0.3
+SPARE_THREADS = 40  # beside those in which orders wait
+STYLE = ".preview img { width: 100%; } .preview progress { width: 100%; }"
+
+Pictures = Sequence[tuple[str, str | None]] | None
+Outputs = tuple[list[str] | None, str | None, str]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until interrupted; returns the exit code."""
+    asked = _parse(arguments)
+    try:
+        limits = Limits.read(asked.settings)
+        # A file may still be on its way out when the server ends: its folder is left to the system.
+        with (
+            TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+            closing(Studio(limits)) as studio,
+        ):
+            launch(studio, folder, asked.host, asked.port).block_thread()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def launch(studio: Studio, folder: str, host: str = "127.0.0.1", port: int | None = None) -> Any:
+    """Begin to serve, to this machine's network alone and with nobody told of it.
+
+    Args:
+        studio: makes the videos.
+        folder: for what is uploaded, and for the videos on their way out.
+        host: address to listen on; 0.0.0.0 for all.
+        port: None for the first free one from 7860 on.
+
+    Returns:
+        The running page, with ``local_url``, ``block_thread()`` and ``close()``.
+
+    Raises:
+        ValueError: there is no model to offer.
+        OSError: the port is taken.
+    """
+    os.environ["GRADIO_TEMP_DIR"] = folder
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    page = build(studio)
+    page.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        prevent_thread_lock=True,
+        max_threads=studio.limits.max_queue + SPARE_THREADS,
+        max_file_size=round(studio.limits.max_upload_mb * 10**6),
+        footer_links=["api"],
+        run_history=False,
+        enable_monitoring=False,
+        ssr_mode=False,
+        mcp_server=False,
+        pwa=False,
+        css=STYLE,
+        quiet=True,
+    )
+    print(f"The page is at {page.local_url}", flush=True)
+    return page
+
+
+def build(studio: Studio) -> gr.Blocks:
+    """Lay out the page.
+
+    Raises:
+        ValueError: there is no model to offer.
+    """
+    desk = Desk(studio)
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        gr.Markdown(f"# {TITLE}")
+        with gr.Row():
+            with gr.Column():
+                pictures = _picture_input()
+                version = _model_input(studio)
+                options = _option_inputs(studio, version)
+            with gr.Column():
+                with gr.Row():
+                    make = gr.Button("Make the video", variant="primary")
+                    cancel = gr.Button("Cancel")
+                progress = gr.HTML(label="Progress", elem_classes="preview")
+                with gr.Column(visible=False) as result:
+                    player = gr.Video(label="Video", autoplay=True, loop=True, interactive=False)
+                    files = gr.File(
+                        label="Files", file_count="multiple", interactive=False, height=120
+                    )
+                    _take_uploads_alone(files)
+                    with gr.Accordion("What made it", open=False):
+                        # As text: gr.JSON takes every entry named "path" for a file to fetch.
+                        records = gr.Code(label="Records", language="json", interactive=False)
+        # The studio has a queue of its own: Gradio's hands everything to it at once.
+        making = make.click(
+            _with_names(desk.generate, options),
+            [version, pictures],
+            [files, records, progress],
+            inputs_kwargs=options,
+            api_name="generate",
+            concurrency_limit=None,
+            show_progress="hidden",
+        )
+        cancel.click(desk.cancel, api_name="cancel", concurrency_limit=None)
+        hidden: Any = {"api_visibility": "private", "queue": False}
+        texts = {name: each for name, each in options.items() if isinstance(each, gr.Textbox)}
+        tell = partial(_placeholders, studio, list(texts))
+        version.change(tell, version, list(texts.values()), **hidden)
+        make.click(lambda: gr.update(visible=False), None, result, **hidden)
+        making.success(_shown, files, [result, player], **hidden)
+        files.select(_selected, files, player, **hidden)
+    return page
+
+
+class Desk:
+    """Takes the visitors' orders to the studio, and says how they go.
+
+    Args:
+        studio: makes the videos.
+    """
+
+    def __init__(self, studio: Studio) -> None:
+        self.studio = studio
+        self._salt = secrets.token_hex(16)
+        self._tickets: dict[str, set[Ticket]] = {}
+
+    def generate(
+        self, request: gr.Request, version: str, pictures: Pictures = None, **options: Any
+    ) -> Iterator[Outputs]:
+        """Make videos: their files, what made each, and on the way there how far it is."""
+        visitor = self._visitor(request)
+        with _errors_in_one_line():
+            asked = SamplingOptions(**{name: _value(name, each) for name, each in options.items()})
+            ticket = self.studio.submit(visitor, Order(version, _read(pictures), asked))
+            self._tickets.setdefault(visitor, set()).add(ticket)
+            try:
+                for text in _follow(ticket, asked.fps):
+                    yield None, None, text
+                yield from _hand_over(ticket.result())
+            except Cancelled:
+                yield None, None, "Cancelled"
+            finally:
+                ticket.cancel()  # where the visitor has gone
+                self._forget(visitor, ticket)
+
+    def cancel(self, request: gr.Request) -> None:
+        """Call off what this visitor has ordered."""
+        for ticket in list(self._tickets.get(self._visitor(request), ())):
+            ticket.cancel()
+
+    def _forget(self, visitor: str, ticket: Ticket) -> None:
+        tickets = self._tickets[visitor]
+        tickets.discard(ticket)
+        if not tickets:
+            del self._tickets[visitor]
+
+    def _visitor(self, request: gr.Request) -> str:
+        """The name under which the studio knows a page, or a program's client."""
+        session = request.session_hash or secrets.token_hex(16)
+        return sha256(f"{self._salt} {session}".encode()).hexdigest()[:32]
+
+
+def _with_names(
+    generate: Callable[..., Iterator[Outputs]], names: Iterable[str]
+) -> Callable[..., Iterator[Outputs]]:
+    """The same with a signature that names the options: what Gradio's API is made from."""
+    own = [p for p in signature(generate).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    options = [Parameter(name, Parameter.KEYWORD_ONLY, default=None) for name in names]
+
+    @wraps(generate)
+    def named(*args: Any, **values: Any) -> Iterator[Outputs]:
+        yield from generate(*args, **values)
+
+    public: Any = named
+    public.__signature__ = Signature([*own, *options])
+    return named
+
+
+def _picture_input() -> gr.Gallery:
+    pictures = gr.Gallery(
+        label="Pictures (without one: the sample)",
+        file_types=["image"],
+        sources=["upload", "webcam", "clipboard"],
+        type="filepath",
+        interactive=True,
+        columns=3,
+        fit_columns=False,
+        height=200,
+    )
+    _take_uploads_alone(pictures)
+    return pictures
+
+
+def _take_uploads_alone(component: Any) -> None:
+    """Have a component refuse addresses, which Gradio would fetch for whoever sends one."""
+    move = component.async_move_resource_to_block_cache
+
+    async def take(place: str | Path | None) -> str | None:
+        if "://" in str(place):
+            raise gr.Error("upload the picture: addresses are not fetched", print_exception=False)
+        moved: str | None = await move(place)
+        return moved
+
+    component.async_move_resource_to_block_cache = take
+
+
+def _model_input(studio: Studio) -> gr.Dropdown:
+    offers = studio.offers()
+    first = default_offer(offers)
+    chosen = first.spec if first else default_spec()  # which says what to do where there is none
+    present = [offer.spec for offer in offers if offer.present]
+    absent = [f"{offer.spec.name}: `{offer.command}`" for offer in offers if not offer.present]
+    choices = [(f"{spec.name}: {spec.about}", spec.name) for spec in present]
+    version = gr.Dropdown(choices, value=chosen.name, label="Model")
+    if absent:
+        with gr.Accordion("Other models, and how to get them", open=False):
+            gr.Markdown("\n".join(f"- {line}" for line in absent))
+    return version
+
+
+def _option_inputs(studio: Studio, version: gr.Dropdown) -> dict[str, Any]:
+    """A widget for each option that visitors may set, by name."""
+    name = str(version.value)
+    usual = studio.settings(name, None, SamplingOptions()).options
+    offered = {group: _offered(group, studio.limits) for group in GROUPS}
+    inputs = {o.name: _widget(o, usual) for o in offered["basic"] if o.name in IN_SIGHT}
+    panels = {}
+    for group, options in offered.items():
+        shown = group != "sv3d" or SPECS[name].orbit
+        with gr.Accordion(GROUPS[group], open=False, visible=shown) as panels[group]:
+            inputs |= {o.name: _widget(o, usual) for o in options if o.name not in IN_SIGHT}
+    version.change(
+        lambda name: gr.update(visible=SPECS[name].orbit),
+        version,
+        panels["sv3d"],
+        api_visibility="private",
+        queue=False,
+    )
+    return inputs
+
+
+def _offered(group: str, limits: Limits) -> list[Option]:
+    forced = ("watermark",) if limits.watermark is not None else ()
+    return [
+        option
+        for option in option_fields(group)
+        if not is_path(option.metadata["kind"]) and option.name not in forced
+    ]
+
+
+def _widget(option: Option, usual: SamplingOptions) -> Any:
+    """A widget for an option; where it is empty, the model decides."""
+    meta, default = option.metadata, cast(Any, option.default)
+    label = option.name.replace("_", " ").capitalize()
+    if meta["unit"] and not label.endswith(meta["unit"]):
+        label += f" ({meta['unit']})"
+    common: Any = {"label": label, "info": f"{meta['help']} Takes {expected(option)}."}
+    match meta["kind"]:
+        case "switch":
+            return gr.Checkbox(default, **common)
+        case "choice":
+            unset = [(meta["unset"], "")] if default is None else []
+            choices = [*unset, *((each, each) for each in meta["choices"])]
+            return gr.Dropdown(choices, value=default or "", **common)
+        case "integer" | "number" as kind if default is not None:
+            style = {"step": meta["step"], "precision": 0 if kind == "integer" else None}
+            if meta["max"] - meta["min"] < SLIDER_STEPS:
+                return gr.Slider(meta["min"], meta["max"], default, **style, **common)
+            return gr.Number(default, **style, **common)
+    # As text also numbers that may be left out: gr.Number draws what is empty as 0.
+    text = default or ""
+    return gr.Textbox(text, placeholder=_placeholder(option, usual), max_lines=1, **common)
+
+
+def _placeholder(option: Option, usual: SamplingOptions) -> str:
+    """What an empty widget stands for."""
+    known = getattr(usual, option.name) if option.metadata["unset"] == "the model's" else None
+    return str(option.metadata["unset"] if known is None else known)
+
+
+def _placeholders(studio: Studio, names: Sequence[str], version: str) -> list[Any]:
+    """What empty widgets stand for with another model."""
+    usual = studio.settings(version, None, SamplingOptions()).options
+    options = {option.name: option for option in option_fields()}
+    texts = [_placeholder(options[name], usual) for name in names]
+    return [gr.update(placeholder=text) for text in texts]
+
+
+def _value(name: str, value: Any) -> Any:
+    """What a widget holds, as the options take it."""
+    if not isinstance(value, str):
+        return value
+    return Request.from_texts([], {name: value}).options.get(name) if value else None
+
+
+def _read(pictures: Pictures) -> tuple[bytes, ...]:
+    """The files of the pictures, or of the sample; Gradio has seen to it that they are uploads."""
+    if pictures:
+        return tuple(Path(path).read_bytes() for path, _ in pictures)
+    sample = find_file(SAMPLE_PICTURE)
+    if sample is None:
+        raise ValueError("expected a picture, got none")
+    return (sample.read_bytes(),)
+
+
+def _follow(ticket: Ticket, fps: int) -> Iterator[str]:
+    """How far an order is, whenever that has changed, until it is finished."""
+    shown: Any = None
+    while not ticket.wait(POLL_SECONDS):
+        now = ticket.position, ticket.progress
+        if now != shown:
+            shown = now
+            yield _in_html(*now, fps)
+
+
+def _in_html(position: int | None, progress: RunProgress | None, fps: int) -> str:
+    if position is not None:
+        return f"<p>Waiting: number {position} in the queue</p><progress></progress>"
+    if progress is None:
+        return "<p>Starting</p><progress></progress>"
+    text = escape(progress.text.capitalize())
+    if progress.pictures > 1:
+        text = f"Video {progress.picture} of {progress.pictures}: {text}"
+    bar = f'<progress value="{progress.fraction:.3f}"></progress>'
+    if progress.preview is None:
+        return f"<p>{text}</p>{bar}"
+    with TemporaryDirectory() as folder:
+        path = write_video(progress.preview, Path(folder, "preview.webp"), fps)
+        image = b64encode(path.read_bytes()).decode()
+    alt = "The frames so far, roughly"
+    return f'<p>{text}</p>{bar}<img alt="{alt}" src="data:image/webp;base64,{image}">'
+
+
+def _hand_over(runs: Sequence[Run]) -> Iterator[Outputs]:
+    """The files and records of the videos; Gradio copies the files while this waits."""
+    with TemporaryDirectory() as folder:
+        paths = [Path(folder, str(number), f"{run.name}.mp4") for number, run in enumerate(runs)]
+        for path, run in zip(paths, runs, strict=True):
+            path.parent.mkdir()
+            path.write_bytes(run.file("mp4"))
+        yield list(map(str, paths)), json.dumps([run.record for run in runs], indent=2), "Done"
+
+
+def _shown(paths: list[str] | None) -> tuple[Any, str | None]:
+    """The result in sight, if there is one, and its first video."""
+    return gr.update(visible=bool(paths)), paths[0] if paths else None
+
+
+def _selected(paths: list[str], event: gr.SelectData) -> str:
+    return paths[event.index]
+
+
+@contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    """Show what the visitor or the operator can mend as one line, here and to programs."""
+    try:
+        yield
+    except (ValueError, OSError, MemoryError) as error:
+        raise gr.Error(" ".join(str(error).split()), print_exception=False) from error
+
+
+def _parse(arguments: Sequence[str] | None) -> Any:
+    parser = page_parser(__doc__)
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address; 0.0.0.0 for all (%(default)s)"
+    )
+    parser.add_argument("--port", type=int, help="the first free one from 7860 on where not given")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
