@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 
 from sgm.inference import SamplingOptions, VideoPipeline
 from sgm.inference.pipeline import Progress, SamplingStopped
+from sgm.inference.safety import blur
+from tests.judge import write_filter
 from tests.tiny import tiny_config, tiny_engine
 
 FRAMES = 4
@@ -142,3 +144,9 @@ def test_what_is_not_finite_is_an_error_and_no_black_video(pipeline, monkeypatch
 def test_noise_of_another_shape_is_refused(pipeline):
     with pytest.raises(ValueError, match="noise must have the shape"):
         pipeline(thing(), QUICK, noise=torch.zeros(FRAMES, 4, 8, 8))
+
+
+def test_the_safety_filter_has_the_last_frame_too(pipeline, tmp_path):
+    """Catches the picture's own view, which stands for the last frame, put in after the filter."""
+    judged = QUICK.replace(safety_filter=write_filter(tmp_path / "filter", finds=True))
+    assert np.array_equal(pipeline(thing(), judged).frames, blur(pipeline(thing(), QUICK).frames))

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,6 +107,20 @@ def test_angles_that_are_none_are_refused(value):
         SamplingOptions(elevations_deg=value)
 
 
+def test_a_switch_is_on_or_off():
+    assert SamplingOptions(watermark=True).watermark is True
+    for other in (1, 0, "true", "on"):
+        with pytest.raises(ValueError, match="watermark must be true or false, got"):
+            SamplingOptions(watermark=other)
+
+
+def test_a_folder_is_kept_as_text():
+    assert SamplingOptions(safety_filter=Path("a", "b")).safety_filter == str(Path("a", "b"))
+    for other in (3, True, "", " ", ["a"]):
+        with pytest.raises(ValueError, match="safety_filter must be a folder, got"):
+            SamplingOptions(safety_filter=other)
+
+
 def test_none_is_the_default_of_every_option():
     assert SamplingOptions(**{f.name: None for f in fields(SamplingOptions)}) == SamplingOptions()
 
@@ -118,8 +133,11 @@ def test_the_documented_defaults():
         "fps": 7,
         "motion_bucket_id": 127,
         "fit": "cover",
+        "crop_x": 0.5,
+        "crop_y": 0.5,
         "background": "white",
         "videos_per_image": 1,
+        "watermark": False,
         "output": "frames",
     }
 

@@ -480,6 +480,49 @@ def test_contain_shows_everything_on_the_background():
     assert np.abs(centres(seen[20:60]) - COLOURS).max() <= 1
 
 
+@pytest.mark.parametrize(("x", "first"), [(0.0, 0), (0.25, 30), (0.5, 60), (1.0, 120)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_place_moves_the_crop(x, first, turned):
+    """Catches x and y exchanged, or a crop that does not reach the edges."""
+    columns = np.arange(200, dtype=np.uint8)[None, :, None].repeat(80, axis=0)
+    picture, place = columns, (x, 0.9)
+    if turned:
+        picture, place = columns.swapaxes(0, 1), (0.9, x)
+    seen = levels(fit_picture(load_picture(picture), 80, 80, place=place))
+    seen = seen.swapaxes(0, 1) if turned else seen
+    assert np.abs(seen[..., 0] - np.arange(first, first + 80)).max() <= 0.01
+
+
+@pytest.mark.parametrize(("y", "first"), [(0.0, 0), (0.5, 20), (0.75, 30), (1.0, 40)])
+def test_the_place_moves_a_contained_picture(y, first):
+    picture = load_picture(np.zeros((40, 80), np.uint8))
+    seen = levels(fit_picture(picture, 80, 80, mode="contain", place=(0.0, y)))
+    rows = np.flatnonzero(seen[:, 40, 0] < 128)
+    assert (rows[0], rows[-1]) == (first, first + 39)
+
+
+@pytest.mark.parametrize("mode", ["cover", "contain"])
+def test_the_centre_is_the_old_place_to_the_bit(mode):
+    """Catches another rounding of the crop, which would change every video there is."""
+    rng = np.random.default_rng(9)
+    picture = load_picture(rng.integers(0, 256, (101, 173, 3), dtype=np.uint8))
+    height, width = (67, 64) if mode == "cover" else (91, 96)
+    if mode == "cover":
+        crop = 101 * width / height
+        left = (173 - crop) / 2
+        box = (left, 0.0, 173 - left, 101.0)
+        image = picture.image.resize((width, height), Image.Resampling.LANCZOS, box, 3.0)
+    else:
+        size = (96, round(101 * 96 / 173))
+        image = Image.new("RGB", (width, height), "white")
+        whole = picture.image.resize(size, Image.Resampling.LANCZOS, None, 3.0)
+        image.paste(whole, (0, (height - size[1]) // 2))
+    assert np.array_equal(
+        fit_picture(picture, height, width, mode).permute(1, 2, 0).numpy(),
+        np.asarray(image, dtype=np.float32) / 127.5 - 1,
+    )
+
+
 def test_stretch_fills_the_size_with_everything():
     picture = load_picture(blocks(COLOURS, 40, 80).astype(np.uint8))
     assert (

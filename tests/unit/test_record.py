@@ -10,8 +10,10 @@ import pytest
 from sgm.inference import record
 from sgm.inference.flags import Request, refuse_unknown
 from sgm.inference.options import SamplingOptions
+from sgm.inference.safety import find_filter
 from sgm.inference.settings import ModelFiles, resolve
 from sgm.inference.specs import SPECS
+from tests.judge import write_filter
 
 CONFIG = {"target": "a.Model", "params": {"scale_factor": 0.5}}
 SOURCE = {"path": "/photos/a.png", "sha256": "aa"}
@@ -69,6 +71,61 @@ def test_what_decides_a_video_is_compared_and_where_it_lay_is_not(files):
         describe(replace(files, spec=SPECS["svd_image_decoder"])),
     ):
         assert record.identity(other) != record.identity(made)
+
+
+def older(made):
+    """As versions wrote it that had no place of a crop, no watermark and no safety filter."""
+    new = ("crop_x", "crop_y", "watermark", "safety_filter")
+    options = {name: value for name, value in made["options"].items() if name not in new}
+    rest = {name: value for name, value in made.items() if name not in new}
+    return rest | {"options": options}
+
+
+def test_an_older_record_is_the_same_run_and_is_repeated(files, tmp_path):
+    """Catches old videos made anew by --resume, and --repeat refusing what they left open."""
+    made = describe(files, seed=3)
+    path = tmp_path / "000000.json"
+    path.write_text(json.dumps(older(made)))
+    read = record.read_record(path)
+    assert record.identity(read) == record.identity(made)
+    assert record.identity(read) != record.identity(describe(files, seed=3, crop_x=0.4))
+    again = record.repeat_request(Request(), read)
+    assert SamplingOptions.from_dict(again.options).to_dict() == made["options"]
+    record.refuse_changes(Request(input_path=("x",)), read, files, lambda: "cc")
+
+
+def test_watermark_and_safety_filter_are_stated(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("SGM_CACHE", str(tmp_path / "cache"))
+    plain = describe(files)
+    assert (plain["watermark"], plain["safety_filter"]) == (False, "off")
+    assert record.with_finding(plain, None) == plain
+    folder = write_filter(tmp_path / "filter")
+    made = describe(files, watermark=True, safety_filter=folder)
+    assert made["watermark"] is True
+    assert made["safety_filter"]["path"] == made["options"]["safety_filter"] == str(folder)
+    digests = sorted(record.sha256_of_file(path) for path in find_filter(folder).files)
+    digest = hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    assert len(digests) == 3
+    assert made["safety_filter"]["sha256"] == digest
+    found = record.with_finding(made, True)
+    assert found["safety_filter"] == made["safety_filter"] | {"flagged": True}
+    assert record.identity(found) == record.identity(made)
+
+
+def test_the_weights_of_a_safety_filter_decide_and_its_place_does_not(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("SGM_CACHE", str(tmp_path / "cache"))
+    one, same = write_filter(tmp_path / "a"), write_filter(tmp_path / "b")
+    made = describe(files, safety_filter=one)
+    assert record.identity(describe(files, safety_filter=same)) == record.identity(made)
+    assert record.identity(describe(files)) != record.identity(made)
+    asked = Request(input_path=("x",))
+    record.refuse_changes(asked, made, files, lambda: "cc")
+    write_filter(one, finds=True)
+    assert record.identity(describe(files, safety_filter=one)) != record.identity(made)
+    with pytest.raises(ValueError, match=r"safety_filter .*a is no longer .* give --safety_filter"):
+        record.refuse_changes(asked, made, files, lambda: "cc")
+    other = replace(asked, options={"safety_filter": str(one)})
+    record.refuse_changes(other, made, files, lambda: "cc")
 
 
 def test_finding_a_run_hashes_the_weights_only_where_all_else_is_equal(files):
@@ -164,13 +221,21 @@ def test_hashing_in_the_background(tmp_path, monkeypatch):
         ((), {"input_path": "a,b"}, {}, {"input_path": ("a", "b")}),
         ((), {"input_path": "http://x/a,b"}, {}, {"input_path": ("http://x/a,b",)}),
         ((), {"resume": "True", "verbose": "False"}, {}, {"resume": True}),
+        (
+            (),
+            {"watermark": "True", "safety_filter": "a,b"},
+            {"watermark": True, "safety_filter": "a,b"},
+            {},
+        ),
     ],
 )
 def test_texts_become_values(pictures, flags, options, rest):
     assert Request.from_texts(pictures, flags) == Request(options, **rest)
 
 
-@pytest.mark.parametrize("argument", ["--num-frames=3", "--noresume", "-5", "a-b", "x=--y"])
+@pytest.mark.parametrize(
+    "argument", ["--num-frames=3", "--noresume", "--nowatermark", "-5", "a-b", "x=--y"]
+)
 def test_known_arguments_pass(argument):
     refuse_unknown([argument])
 
