@@ -83,9 +83,9 @@ def sample(
 
 def real_frames(clips: "Clips", number: int) -> "Frames":
     """A real clip (t, h, w, 3)."""
-    frames = clips[number]["frames"]
-    pixels: Frames = ((frames + 1) * 127.5).round().byte().movedim(1, -1).numpy()
-    return pixels
+    from sgm.inference.results import to_frames
+
+    return to_frames(clips[number]["frames"])
 
 
 def figures(rows: Sequence[Row]) -> dict[str, float]:

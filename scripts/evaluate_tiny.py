@@ -27,19 +27,13 @@ from sgm.data.metrics import Frames, psnr
 from sgm.data.synthetic import read_photos
 from sgm.inference.options import SamplingOptions
 from sgm.inference.pictures import fit_picture, load_picture
+from sgm.inference.results import to_frames
 
 if TYPE_CHECKING:
     from sgm.inference import VideoPipeline
 
 COLUMNS = 7
 ZOOM = 2
-
-
-def to_bytes(pictures: torch.Tensor) -> Frames:
-    """Turn pictures (..., 3, h, w) in [-1, 1] into bytes (..., h, w, 3)."""
-    scaled = ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    pixels: Frames = scaled.movedim(-3, -1).cpu().numpy()
-    return pixels
 
 
 def reconstruct(pipeline: "VideoPipeline", picture: Frames, frames: int) -> Frames:
@@ -53,7 +47,7 @@ def reconstruct(pipeline: "VideoPipeline", picture: Frames, frames: int) -> Fram
         encode = conditioner.embedders[conditioner.input_keys.index("cond_frames")]
         latent = engine.scale_factor * encode(x.to(pipeline.device))
     chunks = engine.decode_chunks(latent.repeat(frames, 1, 1, 1), None, pipeline.placement.decoder)
-    return to_bytes(next(chunks)[0])
+    return to_frames(next(chunks)[0])
 
 
 def contact_sheet(picture_rows: Sequence[tuple[Frames, Frames]]) -> Image.Image:
@@ -111,7 +105,7 @@ def run(args: argparse.Namespace) -> list[Figure]:
     stored = {name: photo.movedim(0, -1).numpy() for name, photo in photos.items()}
     t, height, width, _ = generate(next(iter(stored.values())), args.buckets[0], 0).shape
     pictures = {
-        name: to_bytes(fit_picture(load_picture(photo), height, width))
+        name: to_frames(fit_picture(load_picture(photo), height, width))
         for name, photo in stored.items()
     }
     kept = [psnr(reconstruct(pipeline, picture, t), picture) for picture in pictures.values()]

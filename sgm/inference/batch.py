@@ -23,7 +23,8 @@ from sgm.inference.specs import find_file
 
 if TYPE_CHECKING:
     from sgm.inference.pictures import Picture
-    from sgm.inference.pipeline import Callback, VideoPipeline
+    from sgm.inference.pipeline import VideoPipeline
+    from sgm.inference.progress import Callback
     from sgm.inference.videos import Video
 
 logger = logging.getLogger(__name__)

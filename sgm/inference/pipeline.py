@@ -5,19 +5,16 @@ video goes. Shapes: t frames, z latent channels, f downsampling factor, h height
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sgm.checkpoint import load_checkpoint
 from sgm.device import default_device, memory_errors, parse_device
-from sgm.inference import watermark
 from sgm.inference.budget import HIGH, MemoryPlan, next_smaller
 from sgm.inference.conditioning import embed, make_batch
 from sgm.inference.dtypes import decoder_dtype, default_dtype
@@ -32,10 +29,11 @@ from sgm.inference.pictures import (
     native_size,
 )
 from sgm.inference.placement import FAST_GUIDED, Placement, choose_plan
-from sgm.inference.safety import FRAMES_AT_ONCE, SafetyFilter, blur, find_filter
+from sgm.inference.progress import Callback, Progress, report
+from sgm.inference.results import in_form
+from sgm.inference.safety import SafetyFilter, find_filter
 from sgm.inference.settings import ModelFiles, Settings, find_model, resolve
 from sgm.inference.tiling import decode_tiled
-from sgm.inference.videos import Frames, Video
 from sgm.inference.weights import given_lora
 from sgm.models.diffusion import DiffusionEngine
 from sgm.modules.encoders.conditioner import Conditioning
@@ -46,40 +44,6 @@ logger = logging.getLogger(__name__)
 
 # Types with a larger range, or finer steps, than the one that a result was not finite in.
 _WIDER = {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32"}
-
-Stage = Literal["loading", "encoding", "sampling", "decoding"]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands.
-
-    Attributes:
-        stage: what is being done.
-        step: steps of the stage that are done; of loading, megabytes.
-        total: all steps of the stage.
-        sigma: the noise level that the last sampling step began with.
-        latents: the clean latents (t, z, h / f, w / f) as estimated there, scaled.
-        picture: when encoding is done, the picture that conditions the run, at the size that the
-            network takes: (3, h, w) in [-1, 1].
-        picture_latents: its latents (z, h / f, w / f), scaled like the video's; None where the
-            model sees it in another form.
-    """
-
-    stage: Stage
-    step: int
-    total: int
-    sigma: float | None = None
-    latents: Tensor | None = None
-    picture: Tensor | None = None
-    picture_latents: Tensor | None = None
-
-
-Callback = Callable[[Progress], bool | None]
-
-
-class SamplingStopped(Exception):  # noqa: N818 - asked for, not an error
-    """The callback ended the run."""
 
 
 class VideoPipeline:
@@ -110,7 +74,7 @@ class VideoPipeline:
         self.dtype, self.optimize = dtype or default_dtype(self.device), optimize
 
         def placed(done: int, total: int) -> None:
-            _report(callback, Progress("loading", done // 10**6, max(1, total // 10**6)))
+            report(callback, Progress("loading", done // 10**6, max(1, total // 10**6)))
 
         self.placement = Placement(engine, self.device, self.dtype, optimize, plan, placed)
         self._judge: SafetyFilter | None = None
@@ -258,8 +222,8 @@ class VideoPipeline:
             latents: scaled latents of that shape to decode, instead of sampling.
 
         Returns:
-            By ``options.output``: a :class:`Video` (frames), a float array (t, h, w, 3) or tensor
-            (t, 3, h, w) in [0, 1], or the scaled latents; a list of them where
+            By ``options.output``: a `sgm.inference.videos.Video` (frames), a float array
+            (t, h, w, 3) or tensor (t, 3, h, w) in [0, 1], or the scaled latents; a list where
             ``videos_per_image`` is more than one. Video k is the one that ``seed + k`` gives alone.
 
         Raises:
@@ -328,7 +292,7 @@ class VideoPipeline:
         latents = latents.clone()
         if options.output == "latents":
             return latents
-        return _in_form(frames, latents, settings.options, judge, callback)
+        return in_form(frames, latents, settings.options, judge, callback)
 
     def _safety_filter(self, options: SamplingOptions) -> SafetyFilter | None:
         """The filter that the options name; it is kept for the next video.
@@ -382,12 +346,12 @@ class VideoPipeline:
         def more_noise(like: Tensor) -> Tensor:
             return torch.randn(like.shape, generator=generator).to(like)
 
-        _report(callback, Progress("encoding", 0, 1))
+        report(callback, Progress("encoding", 0, 1))
         batch = make_batch(pixels, settings, aug_noise, self.device)
         with self.placement.running("encoding"):
             c, uc = embed(self.engine.conditioner, batch, frames)
         own = self._picture_latents(c)
-        _report(callback, Progress("encoding", 1, 1, picture=pixels, picture_latents=own))
+        report(callback, Progress("encoding", 1, 1, picture=pixels, picture_latents=own))
         sampler = instantiate_from_config(settings.sampler_config)
         if self.optimize == "fast":
             sampler.guider.interval = FAST_GUIDED
@@ -399,7 +363,7 @@ class VideoPipeline:
             return self.engine.denoiser(self.placement.network, x, sigma[:1], cond, **extra)
 
         def after_step(step: int, total: int, sigma: float, estimate: Tensor) -> None:
-            _report(callback, Progress("sampling", step, total, sigma, estimate))
+            report(callback, Progress("sampling", step, total, sigma, estimate))
 
         with self.placement.running("sampling"):
             latents = sampler(
@@ -427,7 +391,7 @@ class VideoPipeline:
     def _decode(self, latents: Tensor, settings: Settings, callback: Callback | None) -> Tensor:
         """Frames (t, 3, h, w) in [-1, 1], float32 on the CPU."""
         z, total = latents.to(self.device, torch.float32), len(latents)
-        _report(callback, Progress("decoding", 0, total))
+        report(callback, Progress("decoding", 0, total))
         parts: list[Tensor] = []
         with self.placement.running("decoding"):
             for part in self._decoded_parts(z, settings):
@@ -435,7 +399,7 @@ class VideoPipeline:
                     dtype = decoder_dtype(self.device, self.dtype, self.optimize)
                     raise ValueError(_not_finite("decoded frames", dtype))
                 parts.append(self._crop(part, settings).clamp(-1, 1).float().cpu())
-                _report(callback, Progress("decoding", sum(map(len, parts)), total))
+                report(callback, Progress("decoding", sum(map(len, parts)), total))
         return torch.cat(parts)
 
     def _decoded_parts(self, z: Tensor, settings: Settings) -> Iterator[Tensor]:
@@ -466,44 +430,6 @@ def video_seeds(options: SamplingOptions) -> list[int]:
     return [(options.seed + k) % 2**63 for k in range(options.videos_per_image)]
 
 
-def _in_form(
-    frames: Tensor,
-    latents: Tensor,
-    options: SamplingOptions,
-    judge: SafetyFilter | None,
-    callback: Callback | None,
-) -> Any:
-    """Frames (t, 3, h, w) in [-1, 1] in the form that ``options.output`` names."""
-    match options.output:
-        case "tensor":
-            return (frames + 1) / 2
-        case "numpy":
-            return ((frames + 1) / 2).permute(0, 2, 3, 1).numpy()
-    levels = ((frames + 1) * 127.5).round_().to(torch.uint8)
-    shown: Frames = np.ascontiguousarray(levels.permute(0, 2, 3, 1).numpy())
-    flagged = _finding(judge, shown, callback)
-    if flagged:
-        logger.warning("the safety filter has found something: the video is blurred")
-        shown = blur(shown)
-    # Last, so that a blurred video carries it too.
-    shown = watermark.embed(shown) if options.watermark else shown
-    return Video(shown, options.fps, None if flagged else latents, flagged)
-
-
-def _finding(judge: SafetyFilter | None, frames: Frames, callback: Callback | None) -> bool | None:
-    """Whether the safety filter finds something in (t, h, w, 3); None without a filter.
-
-    The last report of decoding is repeated meanwhile, for a callback may end the run.
-    """
-    if judge is None:
-        return None
-    found = False
-    for first in range(0, len(frames), FRAMES_AT_ONCE):
-        found = found or judge.flags(frames[first : first + FRAMES_AT_ONCE])
-        _report(callback, Progress("decoding", len(frames), len(frames)))
-    return found
-
-
 def _not_finite(what: str, dtype: torch.dtype) -> str:
     """A message with the advice that helps in this type."""
     wider = f"try --dtype {_WIDER[dtype]}, or " if dtype in _WIDER else ""
@@ -511,8 +437,3 @@ def _not_finite(what: str, dtype: torch.dtype) -> str:
         f"the {what} are not finite in {dtype}: {wider}lower --max_guidance "
         "(given noise, latents or weights that are not finite give this too)"
     )
-
-
-def _report(callback: Callback | None, progress: Progress) -> None:
-    if callback is not None and callback(progress) is False:
-        raise SamplingStopped(f"stopped in {progress.stage}, step {progress.step}")

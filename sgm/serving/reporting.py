@@ -5,8 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sgm.inference.pipeline import Progress
-from sgm.inference.progress import StageClock
+from sgm.inference.progress import Progress, StageClock
 from sgm.inference.videos import Frames
 from sgm.serving.costs import STAGES
 from sgm.serving.preview import LatentPreview

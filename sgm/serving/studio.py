@@ -21,7 +21,8 @@ from sgm.inference.budget import USABLE
 from sgm.inference.flags import Request
 from sgm.inference.options import SamplingOptions
 from sgm.inference.pictures import Picture
-from sgm.inference.pipeline import Progress, VideoPipeline, settings_for
+from sgm.inference.pipeline import VideoPipeline, settings_for
+from sgm.inference.progress import Progress
 from sgm.inference.settings import ModelFiles, Settings, find_model, resolve
 from sgm.inference.specs import find_config, get_spec
 from sgm.inference.videos import check_video_size

@@ -19,6 +19,7 @@ from sgm.data.motion import bucket_to_flow
 from sgm.inference.options import SamplingOptions
 from sgm.inference.pictures import fit_picture, load_picture
 from sgm.inference.pipeline import VideoPipeline
+from sgm.inference.results import to_frames
 from sgm.inference.settings import ModelFiles, resolve
 from sgm.inference.specs import get_spec
 from sgm.inference.videos import Video
@@ -85,7 +86,7 @@ class Videos(Every):
 
     def _fitted(self, name: str) -> Frames:
         height, width = self.settings.size
-        return _to_bytes(fit_picture(load_picture(name), height, width, self.options.fit))
+        return to_frames(fit_picture(load_picture(name), height, width, self.options.fit))
 
     def measure(self, trainer: pl.Trainer, module: TrainingModule) -> dict[str, float]:
         """Sample on the first process, from the weights of all."""
@@ -145,7 +146,7 @@ class Videos(Every):
             item = self.dataset[number]
             if "frames" not in item:
                 raise ValueError("fvd: the dataset's clips have no frames, only latents")
-            clip = _to_bytes(item["frames"])
+            clip = to_frames(item["frames"])
             options = self.options.replace(
                 seed=self.options.seed + number,
                 num_frames=len(clip),
@@ -175,13 +176,6 @@ def _engine_of(config: Mapping[str, Any], live: Any, weights: Mapping[str, Tenso
             engine.get_submodule(name)._modules[child] = None
     engine.load_state_dict(weights, assign=True)
     return engine
-
-
-def _to_bytes(pictures: Tensor) -> Frames:
-    """(..., 3, h, w) in [-1, 1] -> (..., h, w, 3)."""
-    scaled = ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    pixels: Frames = scaled.movedim(-3, -1).cpu().contiguous().numpy()
-    return pixels
 
 
 def _to_tensor(picture: Frames) -> Tensor:

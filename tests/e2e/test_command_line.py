@@ -253,7 +253,7 @@ def test_a_record_says_everything(place, weights):
     assert undecided == {  # the YAML's sampler and guidance, in sampler_config; and SV3D's
         *("sampler", "guidance_shape", "min_guidance", "max_guidance"),
         *("elevations_deg", "azimuths_deg", "image_frame_ratio"),
-        "lora",
+        *("lora", "safety_filter"),
     }
     assert made["options"]["seed"] == 5
     assert made["options"]["fps_id"] == 11

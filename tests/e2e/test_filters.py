@@ -11,7 +11,7 @@ from PIL import Image
 
 from scripts.sampling.simple_video_sample import main
 from sgm.inference import SamplingOptions, VideoPipeline
-from sgm.inference.pipeline import SamplingStopped
+from sgm.inference.progress import SamplingStopped
 from sgm.inference.safety import HEADS, SafetyFilter, blur, find_filter
 from sgm.inference.watermark import BITS, read
 from tests.judge import write_filter, write_head

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sgm.inference import SamplingOptions, VideoPipeline
-from sgm.inference.pipeline import Progress, SamplingStopped
+from sgm.inference.progress import Progress, SamplingStopped
 from sgm.inference.safety import blur
 from tests.judge import write_filter
 from tests.tiny import tiny_config, tiny_engine

@@ -20,8 +20,8 @@ from sgm.inference.estimate import (
     reading_seconds,
 )
 from sgm.inference.options import SamplingOptions
-from sgm.inference.pipeline import Progress, VideoPipeline
-from sgm.inference.progress import ProgressLine, duration
+from sgm.inference.pipeline import VideoPipeline
+from sgm.inference.progress import Progress, ProgressLine, duration
 from sgm.inference.settings import ModelFiles, read_config, resolve
 from sgm.inference.specs import SPECS, find_config
 from tests.tiny import tiny_config, write_tiny_checkpoint

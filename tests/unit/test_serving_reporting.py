@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sgm.inference.pipeline import Progress
+from sgm.inference.progress import Progress
 from sgm.serving.reporting import Reporter
 
 EXPECTED = {"encoding": 1.0, "sampling": 6.0, "decoding": 2.0, "writing": 1.0}
