@@ -40,7 +40,7 @@ from sgm.inference.options import GROUPS, Option, SamplingOptions, expected, opt
 from sgm.inference.specs import SPECS, default_spec, find_file
 from sgm.inference.videos import write_video
 from sgm.serving.gallery import Run
-from sgm.serving.limits import Limits, is_path
+from sgm.serving.limits import Limits
 from sgm.serving.models import default_offer
 from sgm.serving.queue import Cancelled, Ticket
 from sgm.serving.studio import Order, RunProgress, Studio
@@ -271,7 +271,7 @@ def _option_inputs(studio: Studio, version: gr.Dropdown) -> dict[str, Any]:
     """A widget for each option that visitors may set, by name."""
     name = str(version.value)
     usual = studio.settings(name, None, SamplingOptions()).options
-    offered = {group: _offered(group, studio.limits) for group in GROUPS}
+    offered = {group: studio.limits.offered(group) for group in GROUPS}
     inputs = {o.name: _widget(o, usual) for o in offered["basic"] if o.name in IN_SIGHT}
     panels = {}
     for group, options in offered.items():
@@ -286,15 +286,6 @@ def _option_inputs(studio: Studio, version: gr.Dropdown) -> dict[str, Any]:
         queue=False,
     )
     return inputs
-
-
-def _offered(group: str, limits: Limits) -> list[Option]:
-    forced = ("watermark",) if limits.watermark is not None else ()
-    return [
-        option
-        for option in option_fields(group)
-        if not is_path(option.metadata["kind"]) and option.name not in forced
-    ]
 
 
 def _widget(option: Option, usual: SamplingOptions) -> Any:

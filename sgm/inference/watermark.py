@@ -3,8 +3,8 @@
 The method is ``dwtDct`` of the package invisible-watermark, with the message that Stability AI's
 own programs write, so that readers of theirs find it. Every block of 8 x 8 pixels carries one bit,
 in the largest of 16 wavelet coefficients of the blue difference (but the block's first); a reader
-takes what most blocks of a bit say. It outlasts H.264 and the palette of a gif; not the coarser
-colours of a lossy webp, nor resizing or cutting, nor areas of pure blue.
+takes what most blocks of a bit say. It outlasts H.264; not the coarser colours of a lossy webp, nor
+resizing or cutting, nor areas of pure blue.
 """
 
 import logging

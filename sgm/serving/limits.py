@@ -9,7 +9,7 @@ import yaml  # type: ignore[import-untyped]
 
 from sgm.config import check_arguments
 from sgm.inference.files import user_path
-from sgm.inference.options import SamplingOptions, option_fields
+from sgm.inference.options import Option, SamplingOptions, option_fields
 from sgm.inference.specs import get_spec
 
 if TYPE_CHECKING:
@@ -106,6 +106,15 @@ class Limits:
         ):
             if value > limit:
                 raise ValueError(f"{name} must be at most {limit} here, got {shown or value}")
+
+    def offered(self, group: str) -> list[Option]:
+        """The options of a group that visitors may set: none with paths, none decided here."""
+        decided = {"watermark"} if self.watermark is not None else set()
+        return [
+            option
+            for option in option_fields(group)
+            if not is_path(option.metadata["kind"]) and option.name not in decided
+        ]
 
     def enforce(self, options: SamplingOptions) -> SamplingOptions:
         """The options with what the operator decides; no visitor names a file of this machine.

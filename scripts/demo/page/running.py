@@ -1,0 +1,103 @@
+"""The run: its button, its place in the queue, its progress, a first sight of it, its end.
+
+Nothing here waits: a fragment looks at the tickets twice a second and says that they are wanted.
+"""
+
+from math import ceil
+from typing import Any
+
+import numpy as np
+import streamlit as st
+from numpy.typing import NDArray
+
+from scripts.demo.page.session import TROUBLE, keep, one_line, visitor
+from sgm.serving.queue import Cancelled, Ticket
+from sgm.serving.studio import Order, RunProgress, Studio
+
+POLL_SECONDS = 0.5
+SHEET = 16 / 9  # proportions of the sheet of preview frames
+
+
+def start(studio: Studio, order: Order) -> None:
+    """Hand an order in; what is refused is said where progress would be, what was is forgotten."""
+    keep("tickets", [])
+    st.session_state.trouble, st.session_state.complaints = "", []
+    try:
+        st.session_state.tickets.append(studio.submit(visitor(), order))
+    except TROUBLE as error:
+        st.session_state.trouble = one_line(error)
+
+
+def show_tickets() -> None:
+    """Show all orders of this page that are not done, and keep looking at them."""
+    if keep("trouble", ""):
+        st.error(st.session_state.trouble, icon=":material/error:")
+    if keep("tickets", []):
+        st.fragment(run_every=POLL_SECONDS)(_look)()
+
+
+def _look() -> None:
+    """One look at the tickets; the whole page is drawn anew when one is done."""
+    tickets: list[Ticket] = st.session_state.tickets
+    for number, ticket in enumerate(tickets):
+        ticket.touch()
+        if ticket.finished:
+            st.rerun()
+        _show_ticket(ticket, number)
+
+
+def collect() -> None:
+    """Take the results of finished tickets; before anything shows results."""
+    tickets: list[Ticket] = keep("tickets", [])
+    for ticket in [each for each in tickets if each.finished]:
+        tickets.remove(ticket)
+        try:
+            runs = ticket.result()
+        except Cancelled:
+            st.toast("Cancelled", icon=":material/cancel:")
+        except Exception as error:  # noqa: BLE001 - whatever ended the run is said in one line
+            st.session_state.trouble = one_line(error)
+        else:
+            st.session_state.shown = runs[0].token
+            st.session_state.fresh = [run.token for run in runs]
+
+
+def _show_ticket(ticket: Ticket, number: int) -> None:
+    with st.container(border=True, key=f"ticket_{number}"):
+        progress = ticket.progress
+        position = ticket.position
+        if position is not None:
+            st.progress(0.0, f"Waiting: number {position} in the queue")
+        elif progress is None:
+            st.progress(0.0, "Starting")
+        else:
+            st.progress(min(1.0, max(0.0, progress.fraction)), _in_words(progress))
+            if progress.preview is not None:
+                shown = sheet(progress.preview)
+                st.image(shown, width="stretch", alt="The frames so far, roughly")
+        called_off = ticket.cancelled
+        st.button(
+            "Cancelling" if called_off else "Cancel",
+            key=f"cancel_{number}",
+            icon=":material/cancel:",
+            on_click=ticket.cancel,
+            disabled=called_off,
+        )
+
+
+def _in_words(progress: RunProgress) -> str:
+    text = progress.text[:1].upper() + progress.text[1:]
+    if progress.pictures > 1:
+        return f"Video {progress.picture} of {progress.pictures}: {text}"
+    return text
+
+
+def sheet(frames: NDArray[Any]) -> NDArray[Any]:
+    """Frames (t, h, w, 3) side by side in rows, uint8 (H, W, 4); what is left over is clear."""
+    t, h, w, _ = frames.shape
+    columns = min(t, max(1, round((SHEET * t * h / w) ** 0.5)))
+    rows = ceil(t / columns)
+    cells = np.zeros((rows * columns, h, w, 4), np.uint8)
+    cells[:t, ..., :3], cells[:t, ..., 3] = frames, 255
+    grid = cells.reshape(rows, columns, h, w, 4).transpose(0, 2, 1, 3, 4)
+    return grid.reshape(rows * h, columns * w, 4)

@@ -1,0 +1,48 @@
+"""What the page keeps: one studio for all, and for each visitor a name and what they chose."""
+
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+
+from sgm.serving.limits import Limits
+from sgm.serving.studio import Studio
+
+TROUBLE = (ValueError, OSError, MemoryError)  # what a visitor or the operator can mend
+
+
+@st.cache_resource(show_spinner=False)
+def open_studio(settings: Path | None) -> Studio:
+    """The studio of this server: made by the first visitor, shared by all.
+
+    Raises:
+        ValueError: the operator's settings file is wrong.
+    """
+    return Studio(Limits.read(settings))
+
+
+def visitor() -> str:
+    """The name under which the studio knows this page: 32 random hexadecimal digits."""
+    return str(keep("visitor", secrets.token_hex(16)))
+
+
+def keep(name: str, first: Any) -> Any:
+    """What the page keeps under a name; ``first`` where that is nothing yet."""
+    return st.session_state.setdefault(name, first)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Show what can be mended as one line of the page."""
+    try:
+        yield
+    except TROUBLE as error:
+        st.error(one_line(error), icon=":material/error:")
