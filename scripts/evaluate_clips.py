@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import log2
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, linear_regression
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -92,15 +92,22 @@ def figures(rows: Sequence[Row]) -> dict[str, float]:
     """What a model's rows come to.
 
     ``motion error`` is the mean of ``|log2(achieved / asked)|``: 1 where motion is twice or half of
-    what was asked for.
+    what was asked for. The slope is that of the line of least squares from asked to achieved, 1
+    where a pixel more that is asked for gives a pixel more; there is none of a single value.
     """
     from sgm.data.metrics import rank_correlation
 
     ratios = [log2(max(row.achieved, STILL) / max(row.asked, STILL)) for row in rows]
+    asked, achieved = [row.asked for row in rows], [row.achieved for row in rows]
+    slope = {}
+    if len(set(asked)) > 1:
+        slope["slope of motion"] = linear_regression(asked, achieved).slope
     return {
         "motion error": fmean(map(abs, ratios)),
+        "motion error, pixels per frame": fmean(abs(row.achieved - row.asked) for row in rows),
         "motion over asked, geometric mean": 2 ** fmean(ratios),
-        "rank correlation": rank_correlation([r.asked for r in rows], [r.achieved for r in rows]),
+        **slope,
+        "rank correlation": rank_correlation(asked, achieved),
         "first frame PSNR, dB": fmean(row.psnr for row in rows),
         "explained variance": fmean(row.explained for row in rows),
     }

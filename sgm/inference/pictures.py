@@ -20,6 +20,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from sgm.inference.files import is_address, user_path
+from sgm.inference.options import SamplingOptions
 
 Array = npt.NDArray[Any]
 Source = str | Path | bytes | BinaryIO | Image.Image | Array | Tensor
@@ -182,6 +183,26 @@ def cut_out_object(picture: Picture, image_frame_ratio: float | None, size: int)
     side = max(1, round(ratio * size))
     found = _resize(found, _contained_size(found, (side, side)))
     return Picture(_on_background(found, (size, size), "white"), picture.name)
+
+
+def prepare_picture(
+    picture: Picture, size: tuple[int, int], orbit: bool, options: SamplingOptions
+) -> Tensor:
+    """What a model will see of a picture, as the options say: (3, h, w) in [-1, 1].
+
+    Args:
+        picture: what `load_picture` gave.
+        size: height and width of the video.
+        orbit: the model circles an object (SV3D), which is then cut out.
+        options: of the run.
+
+    Raises:
+        ValueError: there is no object, or no way to tell it from the background.
+    """
+    if orbit:
+        picture = cut_out_object(picture, options.image_frame_ratio, min(size))
+    place = options.crop_x, options.crop_y
+    return fit_picture(picture, *size, options.fit, options.background, place)
 
 
 def _name(source: Source) -> str:

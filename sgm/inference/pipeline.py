@@ -22,11 +22,10 @@ from sgm.inference.options import SamplingOptions
 from sgm.inference.pictures import (
     Picture,
     Source,
-    cut_out_object,
-    fit_picture,
     isolate_object,
     load_picture,
     native_size,
+    prepare_picture,
 )
 from sgm.inference.placement import FAST_GUIDED, Placement, choose_plan
 from sgm.inference.progress import Callback, Progress, report
@@ -310,12 +309,7 @@ class VideoPipeline:
     def _prepare(self, picture: Picture, settings: Settings) -> Tensor:
         """The picture at the size of the video, padded to what the network takes: (3, h, w)."""
         height, width = settings.size
-        options = settings.options
-        if self.spec.orbit:
-            side = min(height, width)
-            picture = cut_out_object(picture, options.image_frame_ratio, side)
-        place = options.crop_x, options.crop_y
-        pixels = fit_picture(picture, height, width, options.fit, options.background, place)
+        pixels = prepare_picture(picture, settings.size, self.spec.orbit, settings.options)
         unit = self.size_multiple
         pad_h, pad_w = -height % unit, -width % unit
         padding = (pad_w // 2, pad_w - pad_w // 2, pad_h // 2, pad_h - pad_h // 2)

@@ -149,7 +149,7 @@ def test_ten_visitors_are_served_in_turns(studio):
 
 def test_memory_is_flat_after_fifty_runs(studio):
     # Catches: latents, frames or pictures that stay with old tickets, runs or estimates. The
-    # pictures alone, of 0.8 MB, would take 39 MB; 12 MB are allowed for the allocator's gaps.
+    # pictures alone, of 0.8 MB, would take 39 MB; 30 MB are allowed for the allocator's gaps.
     def run(seed):
         made(studio, BOB, picture(seed, size=(512, 512)), seed=seed)
 
@@ -159,7 +159,7 @@ def test_memory_is_flat_after_fifty_runs(studio):
     for seed in range(8, 58):
         run(seed)
     assert (living(torch.Tensor), living(Run), living(Video)) == (tensors, videos, 0)
-    assert resident_bytes() - before < 12 * 2**20
+    assert resident_bytes() - before < 30 * 2**20
     assert len(studio.runs(BOB)) == 8
     assert len(list(studio.runs(BOB)[0].video.parent.rglob("*"))) == 8 * 2 + 1 + 8
 

@@ -15,8 +15,11 @@ def test_figures():
     assert found["motion error"] == pytest.approx(2 / 3)
     assert found["motion over asked, geometric mean"] == pytest.approx(1.0)
     assert found["rank correlation"] == pytest.approx(0.5)
+    assert found["motion error, pixels per frame"] == pytest.approx(2 / 3)
+    assert found["slope of motion"] == pytest.approx(11 / 14)  # covariance over variance
     assert found["first frame PSNR, dB"] == pytest.approx(80 / 3)
     assert figures([row(1.0, 0.25)])["motion over asked, geometric mean"] == pytest.approx(0.25)
+    assert "slope of motion" not in figures([row(1.0, 0.25)])
 
 
 def test_a_table_has_a_line_for_each_model():

@@ -1,6 +1,6 @@
 """What a video will take, in a line above the run; found out beside the page, which goes on."""
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import streamlit as st
@@ -13,6 +13,7 @@ from sgm.serving.costs import Cost
 from sgm.serving.studio import Studio
 
 POLL_SECONDS = 0.5
+AT_ONCE_SECONDS = 0.2  # in which what was counted before is estimated again
 
 
 @st.cache_resource(show_spinner=False)
@@ -33,8 +34,12 @@ def announce_cost(studio: Studio, version: str, settings: Settings, videos: int)
     known, future = keep("cost", (None, Future()))
     if known != asked:
         future.cancel()  # of what is asked for no longer, unless it has begun
-        st.session_state.cost = asked, _worker().submit(studio.cost, settings, version)
-    st.fragment(run_every=None if _future().done() else POLL_SECONDS)(_look)()
+        future = _worker().submit(studio.cost, settings, version)
+        st.session_state.cost = asked, future
+        wait([future], AT_ONCE_SECONDS)
+    if future.done():
+        st.session_state.pop("estimating", None)
+    st.fragment(run_every=None if future.done() else POLL_SECONDS)(_look)()
 
 
 def _future() -> "Future[Cost]":

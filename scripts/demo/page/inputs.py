@@ -1,15 +1,14 @@
 """The picture: a sample, an upload, a photo by the webcam, or that of an earlier run."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import streamlit as st
-from numpy.typing import NDArray
 
 from scripts.demo.page.session import errors_in_one_line, keep, one_line
 from sgm.inference.files import PICTURE_SUFFIXES
 from sgm.inference.options import SamplingOptions, option_fields
-from sgm.inference.pictures import Picture, cut_out_object, fit_picture, isolate_object
+from sgm.inference.pictures import Picture, prepare_picture
+from sgm.inference.results import to_frames
 from sgm.inference.specs import ModelSpec, find_file
 from sgm.serving.studio import Studio
 
@@ -126,28 +125,13 @@ def place_pictures(
         options = options.replace(**{name: _slider(name) for name, on in places.items() if on})
     for box, picture in zip(boxes, pictures, strict=True):
         with box, errors_in_one_line():
-            pixels = fitted(picture, spec, size, options)
+            pixels = to_frames(prepare_picture(picture, size, spec.orbit, options))
             height, width = pixels.shape[:2]
             share = SHOWN_PIXELS / len(pictures) ** 0.5 / max(height, width)
             about = f"{picture.size[1]} x {picture.size[0]} becomes {width} x {height} pixels"
             alt = f"The picture as the model sees it, {width} x {height} pixels"
             st.image(pixels, caption=about, width=max(120, round(width * share)), alt=alt)
     return options
-
-
-def fitted(
-    picture: Picture, spec: ModelSpec, size: tuple[int, int], options: SamplingOptions
-) -> NDArray[Any]:
-    """A picture at the size of the video as the model will see it, uint8 (h, w, 3).
-
-    Raises:
-        ValueError: the object cannot be told from the background.
-    """
-    if spec.orbit:
-        picture = cut_out_object(isolate_object(picture), options.image_frame_ratio, min(size))
-    place = options.crop_x, options.crop_y
-    pixels = fit_picture(picture, *size, options.fit, options.background, place)
-    return ((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
 
 
 def _room(picture: Picture, size: tuple[int, int], fit: str) -> tuple[bool, bool]:

@@ -48,13 +48,20 @@ def show_page(studio: Studio) -> None:
     with left, errors_in_one_line():
         wish = _ask(studio)
     with right:
+        # Parts that draw themselves anew need places that never move, made before anything ends.
+        button, cost, trouble, tickets, result = (st.container() for _ in range(5))
+    with button:
         _run_button(studio, wish)
-        running.collect()
-        runs = studio.runs(visitor())
+    running.collect()
+    runs = studio.runs(visitor())
+    with cost:
         if wish:
             costs.announce_cost(studio, wish.spec.name, wish.settings, len(runs))
-        with st.container():
-            running.show_tickets()
+    with trouble:
+        running.show_trouble()
+    with tickets:
+        running.show_tickets()
+    with result:
         results.show_result(studio, runs)
     st.divider()
     with errors_in_one_line():

@@ -28,20 +28,27 @@ def start(studio: Studio, order: Order) -> None:
         st.session_state.trouble = one_line(error)
 
 
-def show_tickets() -> None:
-    """Show all orders of this page that are not done, and keep looking at them."""
+def show_trouble() -> None:
+    """Say what went wrong with the last order."""
     if keep("trouble", ""):
         st.error(st.session_state.trouble, icon=":material/error:")
+
+
+def show_tickets() -> None:
+    """Show all orders of this page that are not done, and keep looking at them."""
     if keep("tickets", []):
+        st.session_state.drawing_all = True
         st.fragment(run_every=POLL_SECONDS)(_look)()
 
 
 def _look() -> None:
     """One look at the tickets; the whole page is drawn anew when one is done."""
     tickets: list[Ticket] = st.session_state.tickets
+    # Not while it is being drawn, which would leave it half drawn: the next look sees it as well.
+    drawing_all = st.session_state.pop("drawing_all", False)
     for number, ticket in enumerate(tickets):
         ticket.touch()
-        if ticket.finished:
+        if ticket.finished and not drawing_all:
             st.rerun()
         _show_ticket(ticket, number)
 
