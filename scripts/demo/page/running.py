@@ -1,20 +1,23 @@
 """The run: its button, its place in the queue, its progress, a first sight of it, its end.
 
-Nothing here waits: a fragment looks at the tickets twice a second and says that they are wanted.
+Nothing here waits: a fragment looks at the tickets now and then and says that they are wanted.
 """
 
+from base64 import b64encode
+from io import BytesIO
 from math import ceil
 from typing import Any
 
 import numpy as np
 import streamlit as st
 from numpy.typing import NDArray
+from PIL import Image
 
-from scripts.demo.page.session import TROUBLE, keep, one_line, visitor
+from scripts.demo.page.session import TROUBLE, keep, keep_lasting_objects, one_line, visitor
 from sgm.serving.queue import Cancelled, Ticket
 from sgm.serving.studio import Order, RunProgress, Studio
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.7
 SHEET = 16 / 9  # proportions of the sheet of preview frames
 
 
@@ -53,8 +56,9 @@ def _look() -> None:
         _show_ticket(ticket, number)
 
 
-def collect() -> None:
+def collect(studio: Studio) -> None:
     """Take the results of finished tickets; before anything shows results."""
+    keep_lasting_objects(studio.loaded)
     tickets: list[Ticket] = keep("tickets", [])
     for ticket in [each for each in tickets if each.finished]:
         tickets.remove(ticket)
@@ -80,8 +84,7 @@ def _show_ticket(ticket: Ticket, number: int) -> None:
         else:
             st.progress(min(1.0, max(0.0, progress.fraction)), _in_words(progress))
             if progress.preview is not None:
-                shown = sheet(progress.preview)
-                st.image(shown, width="stretch", alt="The frames so far, roughly")
+                st.html(_inline(sheet(progress.preview), "The frames so far, roughly"))
         called_off = ticket.cancelled
         st.button(
             "Cancelling" if called_off else "Cancel",
@@ -97,6 +100,14 @@ def _in_words(progress: RunProgress) -> str:
     if progress.pictures > 1:
         return f"Video {progress.picture} of {progress.pictures}: {text}"
     return text
+
+
+def _inline(picture: NDArray[Any], alt: str) -> str:
+    """A picture in the text of the page: a file could be gone before the browser asks for it."""
+    file = BytesIO()
+    Image.fromarray(picture).save(file, "webp")
+    source = b64encode(file.getvalue()).decode()
+    return f'<img alt="{alt}" style="width: 100%" src="data:image/webp;base64,{source}">'
 
 
 def sheet(frames: NDArray[Any]) -> NDArray[Any]:
