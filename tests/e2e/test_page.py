@@ -313,7 +313,7 @@ def test_same_seed_more_motion_runs_at_once(page):
     assert page.slider("motion_bucket_id").value == 167
     page.button_group("view").set_value("compare").run()
     table = page.table[-1].value
-    assert list(table["setting"]) == ["motion_bucket_id", "seconds"]
+    assert set(table["setting"]) - {"seconds"} == {"motion_bucket_id"}
 
 
 def test_cancel_ends_the_run_and_frees_the_model(page):
