@@ -6,7 +6,6 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor
 
 _THREADS = 4  # at most: more do not copy faster
-_LARGE = 1 << 20  # bytes from which memory is asked for by the piece
 
 
 def each(make: Callable[[str], Tensor], names: Sequence[str]) -> dict[str, Tensor]:
@@ -157,19 +155,6 @@ class InMemory(Source):
         """Nobody else writes to them."""
 
 
-def _new_memory(size: int) -> Tensor:
-    """Bytes of any value, large pieces with all their pages at once.
-
-    Linux otherwise makes every page when it is first written to, which takes longer than the
-    reading itself: on virtual machines up to three times as long as making them together.
-    """
-    if size >= _LARGE and hasattr(mmap, "MAP_POPULATE"):
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
-        with suppress(OSError):  # no room: the other way says so as everywhere
-            return torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=torch.uint8)
-    return torch.empty(size, dtype=torch.uint8)
-
-
 def _within(piece: tuple[int, int], size: int) -> bool:
     start, length = piece
     return 0 <= start <= start + length <= size
@@ -239,7 +224,7 @@ class StoredTensors(Source):
 
     def read(self, name: str) -> Tensor:  # noqa: D102
         stored = self._stored[name]
-        values = _new_memory(self.tensors[name].nbytes)
+        values = torch.empty(self.tensors[name].nbytes, dtype=torch.uint8)
         rest = values.numpy().data
         for start, size in stored.pieces:
             self._fill(rest[:size], start)
