@@ -155,10 +155,12 @@ def test_defaults_and_several_videos(client):
 
 def test_progress_is_shown_on_the_way(client):
     """Catches: a page that is still until the end, a preview that never comes."""
-    job = client.submit(pictures=[], num_steps=8, num_frames=2, api_name="/generate")
+    job = client.submit(pictures=[], num_steps=60, num_frames=6, api_name="/generate")
     shown = [outputs[2] for outputs in job]
     assert shown[-1] == "Done"
     assert any("sampling" in text.lower() and "data:image/webp" in text for text in shown)
+    images = {text.partition("base64,")[2] for text in shown if "base64" in text}
+    assert len(images) > 1
 
 
 def test_a_run_can_be_called_off(client):
