@@ -153,10 +153,10 @@ class AdversarialModule(TrainingModule):
         if fights:
             adversarial = self._adversarial_loss(loss, made)
             loss, logs = loss + adversarial, logs | {"adversarial": adversarial.detach()}
-            self.require_finite(loss, batch)
-            self._step(0, loss, self.trained)
-            if fights:
-                logs["discriminator"] = self._train_discriminator(batch, made.detach())
+        self.require_finite(loss, batch)
+        self._step(0, loss, self.trained)
+        if fights:
+            logs["discriminator"] = self._train_discriminator(batch, made.detach())
         self.log_dict({"loss": loss.detach(), **logs}, sync_dist=True)
 
     def _adversarial_loss(self, reconstruction: Tensor, made: Tensor) -> Tensor:

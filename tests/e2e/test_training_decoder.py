@@ -120,7 +120,6 @@ def test_a_decoder_run_resumes_bit_equal(recipe, whole):
             assert all(torch.equal(states[0][part][k], x) for k, x in states[1][part].items())
 
 
-@pytest.mark.slow
 def test_two_processes_train_it(recipe, whole, tmp_path):
     """Catches gradients that are not shared where two losses each reach a part of the weights: up
     to the adversary's start, the losses are those of one process with the same clips."""
@@ -132,7 +131,9 @@ def test_two_processes_train_it(recipe, whole, tmp_path):
     expected, got = curve(whole), curve(tmp_path)
     assert len(got) == 12
     for line, other in zip(expected[:6], got[:6], strict=True):
-        assert other == pytest.approx(line, rel=1e-3)
+        assert other[:3] == pytest.approx(line[:3], rel=1e-4)
+        # The gradient of |x| jumps at 0, so that rounding is seen in its norm.
+        assert other[3] == pytest.approx(line[3], rel=1e-3)
     assert "adversarial" in json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
 
 

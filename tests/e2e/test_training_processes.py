@@ -124,7 +124,6 @@ def test_a_run_becomes_a_checkpoint_to_sample_with(moved, tmp_path):
     assert VideoPipeline.load(files).engine.scale_factor == 2.0
 
 
-@pytest.mark.slow
 def test_adapters_are_shared_out_beside_a_frozen_base(recipe, tmp_path):
     """Catches shares of one type alone (the base is in bfloat16, the adapters in float32), and
     adapters that are lost on the way to their file."""
