@@ -12,6 +12,8 @@ import resource
 import socket
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +80,7 @@ def curve(folder: Path) -> list[tuple[float, ...]]:
 
 def start(count: int, arguments: list[str], output: Path) -> list[Any]:
     """Start main.py in so many processes, as torchrun would; what they print goes to files."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the server, when the first call starts it
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sgm.training.run", "sgm.training.samples", "tests.runs"])
+    context = _context()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -92,6 +92,17 @@ def start(count: int, arguments: list[str], output: Path) -> list[Any]:
     for process in processes:
         process.start()
     return processes
+
+
+@cache
+def _context() -> Any:
+    """Where processes are forked off a server that holds what training imports."""
+    # Of one that another test has started, which does not hold it, nothing would be forked quickly.
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the server
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["sgm.training.run", "sgm.training.samples", "tests.runs"])
+    return context
 
 
 def run(count: int, arguments: list[str], output: Path) -> list[int | None]:

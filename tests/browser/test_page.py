@@ -142,7 +142,7 @@ def bomb():
 def test_a_phone_photo_becomes_a_video(visit):
     # Catches: a lying picture, progress or preview that stand still, a video that does not play,
     # a file that is not the one shown, a link that does not give the same page again.
-    page = visit("num_steps=10&num_frames=6&fps=5")
+    page = visit("num_steps=60&num_frames=6&fps=5")
     upload(page, ("IMG_0001.jpg", "image/jpeg", jpeg_of_a_phone()))
     page.get_by_text("320 x 480 becomes 64 x 64 pixels").wait_for()
     motion = page.get_by_role("slider", name="Motion")
@@ -163,7 +163,7 @@ def test_a_phone_photo_becomes_a_video(visit):
             break
         page.wait_for_timeout(200)
     assert len(sources) > 1
-    assert sum(bool(re.search(r"\d+/10", text)) for text in texts) > 1
+    assert sum(bool(re.search(r"\d+/60", text)) for text in texts) > 1
 
     wait_for_video(page)
     width, duration = page.evaluate(
