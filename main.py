@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from sgm.errors import one_line
+
 
 class Parser(argparse.ArgumentParser):
     """Reports an error in one line."""
@@ -72,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         print("error: training needs Lightning: pip install pytorch-lightning", file=sys.stderr)
         return 2
     except (MemoryError, OSError, ValueError) as exc:
-        print(f"error: {exc}", file=sys.stderr)
+        print(f"error: {one_line(exc)}", file=sys.stderr)
         return 2
     if first:
         print(f"averaged weights: {weights}")

@@ -27,6 +27,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.bench.presets import COMPILED, DIFFUSERS, PRESETS, PROJECT, Preset, small
+from sgm.errors import one_line
 
 SYSTEMS = (*PROJECT, DIFFUSERS, COMPILED)
 
@@ -121,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return 0 if run(arguments) else 1
     except (ValueError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
 
 

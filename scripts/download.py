@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sgm.errors import one_line
 from sgm.inference.files import is_there, user_path
 from sgm.inference.specs import SPECS, ModelSpec
 
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for each in wanted(SPECS[asked.version], folder):
             download(each, folder, asked.token)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on from here", file=sys.stderr)

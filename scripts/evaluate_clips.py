@@ -20,6 +20,8 @@ from pathlib import Path
 from statistics import fmean, linear_regression
 from typing import TYPE_CHECKING, Any
 
+from sgm.errors import one_line
+
 if TYPE_CHECKING:
     from sgm.data.clips import Clips
     from sgm.data.metrics import Frames
@@ -196,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(arguments)
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

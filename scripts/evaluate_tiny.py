@@ -25,6 +25,7 @@ from PIL import Image
 from sgm.data.evaluation import BUCKETS, Figure, Row, evaluate, summarize, table
 from sgm.data.metrics import Frames, psnr
 from sgm.data.synthetic import read_photos
+from sgm.errors import one_line
 from sgm.inference.options import SamplingOptions
 from sgm.inference.pictures import fit_picture, load_picture
 from sgm.inference.results import to_frames
@@ -136,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0 if all(figure.met for figure in figures) else 1
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from sgm.data.sizes import Size, parse_sizes
+from sgm.errors import one_line
 
 if TYPE_CHECKING:
     from sgm.data.collection import Collection, Selection
@@ -127,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         work(args)
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on from here", file=sys.stderr)

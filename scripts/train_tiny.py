@@ -73,6 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     sys.path.insert(0, str(ROOT))
     import torch
 
+    from sgm.errors import one_line
+
     try:
         if args.threads:
             torch.set_num_threads(args.threads)
@@ -80,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:  # outside of the training loop, which stops by itself
         return 130
     except (OSError, ValueError) as exc:
-        print(f"error: {exc}", file=sys.stderr)
+        print(f"error: {one_line(exc)}", file=sys.stderr)
         return 2
     print(f"{args.stage}: {'done' if done else 'to be continued by the same command'}")
     return 0

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
+from sgm.errors import one_line
 from sgm.inference.progress import ProgressLine, duration
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def run(write: "Callable[[Progress | None], tuple[Written, ...]]") -> int:
     try:
         written = write(shower(line) if line else None)
     except ValueError as error:
-        failed, code = f"error: {' '.join(str(error).split())}", REFUSED
+        failed, code = f"error: {one_line(error)}", REFUSED
     except KeyboardInterrupt:
         failed, code = "interrupted: nothing is left behind", INTERRUPTED
     else:

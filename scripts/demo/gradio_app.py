@@ -35,19 +35,21 @@ if __name__ == "__main__":
 import gradio as gr
 
 from scripts.demo.arguments import page_parser
+from sgm.errors import one_line
 from sgm.inference.flags import SAMPLE_PICTURE, Request
-from sgm.inference.options import GROUPS, Option, SamplingOptions, expected, option_fields
+from sgm.inference.options import GROUPS, Option, SamplingOptions, option_fields
 from sgm.inference.specs import SPECS, default_spec, find_file
 from sgm.inference.videos import write_video
 from sgm.serving.gallery import Run
 from sgm.serving.limits import Limits
 from sgm.serving.models import default_offer
 from sgm.serving.queue import Cancelled, Ticket
-from sgm.serving.studio import Order, RunProgress, Studio
+from sgm.serving.reporting import RunProgress, in_words
+from sgm.serving.studio import Order, Studio
+from sgm.serving.widgets import bounds, has_slider, help_text, label, placeholder
 
 TITLE = "A picture becomes a video"
 IN_SIGHT = ("motion_bucket_id", "num_frames", "num_steps", "seed")
-SLIDER_STEPS = 256  # a longer range is typed
 POLL_SECONDS = 0.3
 SPARE_THREADS = 40  # beside those in which orders wait
 STYLE = ".preview img { width: 100%; } .preview progress { width: 100%; }"
@@ -68,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ):
             launch(studio, folder, asked.host, asked.port).block_thread()
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 
@@ -272,12 +274,17 @@ def _option_inputs(studio: Studio, version: gr.Dropdown) -> dict[str, Any]:
     name = str(version.value)
     usual = studio.settings(name, None, SamplingOptions()).options
     offered = {group: studio.limits.offered(group) for group in GROUPS}
-    inputs = {o.name: _widget(o, usual) for o in offered["basic"] if o.name in IN_SIGHT}
+
+    def widgets(options: list[Option], in_sight: bool) -> dict[str, Any]:
+        chosen = [option for option in options if (option.name in IN_SIGHT) is in_sight]
+        return {option.name: _widget(option, usual, studio.limits) for option in chosen}
+
+    inputs = widgets(offered["basic"], in_sight=True)
     panels = {}
     for group, options in offered.items():
         shown = group != "sv3d" or SPECS[name].orbit
         with gr.Accordion(GROUPS[group], open=False, visible=shown) as panels[group]:
-            inputs |= {o.name: _widget(o, usual) for o in options if o.name not in IN_SIGHT}
+            inputs |= widgets(options, in_sight=False)
     version.change(
         lambda name: gr.update(visible=SPECS[name].orbit),
         version,
@@ -288,13 +295,10 @@ def _option_inputs(studio: Studio, version: gr.Dropdown) -> dict[str, Any]:
     return inputs
 
 
-def _widget(option: Option, usual: SamplingOptions) -> Any:
+def _widget(option: Option, usual: SamplingOptions, limits: Limits) -> Any:
     """A widget for an option; where it is empty, the model decides."""
     meta, default = option.metadata, cast(Any, option.default)
-    label = option.name.replace("_", " ").capitalize()
-    if meta["unit"] and not label.endswith(meta["unit"]):
-        label += f" ({meta['unit']})"
-    common: Any = {"label": label, "info": f"{meta['help']} Takes {expected(option)}."}
+    common: Any = {"label": label(option), "info": help_text(option)}
     match meta["kind"]:
         case "switch":
             return gr.Checkbox(default, **common)
@@ -304,25 +308,20 @@ def _widget(option: Option, usual: SamplingOptions) -> Any:
             return gr.Dropdown(choices, value=default or "", **common)
         case "integer" | "number" as kind if default is not None:
             style = {"step": meta["step"], "precision": 0 if kind == "integer" else None}
-            if meta["max"] - meta["min"] < SLIDER_STEPS:
-                return gr.Slider(meta["min"], meta["max"], default, **style, **common)
+            if has_slider(option, limits):
+                low, high = bounds(option, limits)
+                return gr.Slider(low, high, default, **style, **common)
             return gr.Number(default, **style, **common)
     # As text also numbers that may be left out: gr.Number draws what is empty as 0.
     text = default or ""
-    return gr.Textbox(text, placeholder=_placeholder(option, usual), max_lines=1, **common)
-
-
-def _placeholder(option: Option, usual: SamplingOptions) -> str:
-    """What an empty widget stands for."""
-    known = getattr(usual, option.name) if option.metadata["unset"] == "the model's" else None
-    return str(option.metadata["unset"] if known is None else known)
+    return gr.Textbox(text, placeholder=placeholder(option, usual), max_lines=1, **common)
 
 
 def _placeholders(studio: Studio, names: Sequence[str], version: str) -> list[Any]:
     """What empty widgets stand for with another model."""
     usual = studio.settings(version, None, SamplingOptions()).options
     options = {option.name: option for option in option_fields()}
-    texts = [_placeholder(options[name], usual) for name in names]
+    texts = [placeholder(options[name], usual) for name in names]
     return [gr.update(placeholder=text) for text in texts]
 
 
@@ -354,21 +353,15 @@ def _follow(ticket: Ticket, fps: int) -> Iterator[str]:
 
 
 def _in_html(position: int | None, progress: RunProgress | None, fps: int) -> str:
-    if position is not None:
-        return f"<p>Waiting: number {position} in the queue</p><progress></progress>"
-    if progress is None:
-        return "<p>Starting</p><progress></progress>"
-    text = escape(progress.text.capitalize())
-    if progress.pictures > 1:
-        text = f"Video {progress.picture} of {progress.pictures}: {text}"
-    bar = f'<progress value="{progress.fraction:.3f}"></progress>'
-    if progress.preview is None:
-        return f"<p>{text}</p>{bar}"
+    value = f' value="{progress.fraction:.3f}"' if progress else ""
+    shown = f"<p>{escape(in_words(position, progress))}</p><progress{value}></progress>"
+    if progress is None or progress.preview is None:
+        return shown
     with TemporaryDirectory() as folder:
         path = write_video(progress.preview, Path(folder, "preview.webp"), fps)
         image = b64encode(path.read_bytes()).decode()
     alt = "The frames so far, roughly"
-    return f'<p>{text}</p>{bar}<img alt="{alt}" src="data:image/webp;base64,{image}">'
+    return f'{shown}<img alt="{alt}" src="data:image/webp;base64,{image}">'
 
 
 def _hand_over(runs: Sequence[Run]) -> Iterator[Outputs]:
@@ -396,7 +389,7 @@ def _errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, MemoryError) as error:
-        raise gr.Error(" ".join(str(error).split()), print_exception=False) from error
+        raise gr.Error(one_line(error), print_exception=False) from error
 
 
 def _parse(arguments: Sequence[str] | None) -> Any:

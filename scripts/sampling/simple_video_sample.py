@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from sgm.errors import one_line
 from sgm.inference.batch import Job, Outcome, make_videos, plan_job
 from sgm.inference.flags import Request, help_text, refuse_unknown
 from sgm.inference.progress import ProgressLine, duration
@@ -126,7 +127,7 @@ def report(error: Exception, verbose: bool) -> None:
     """One line on an error, and where it arose if that is asked for."""
     if verbose:
         traceback.print_exception(error)
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

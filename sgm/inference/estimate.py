@@ -8,7 +8,8 @@ Shapes: t frames, z latent channels, f downsampling factor, h height, w width, d
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -55,11 +56,27 @@ def announcement(files: ModelFiles, settings: Settings, videos: int) -> str | No
 
 def estimate_seconds(files: ModelFiles, settings: Settings) -> float:
     """Seconds that one video will take on the device and in the type of ``settings``."""
+    return sum(stage_seconds(*count_flops(files, settings), settings, cache(matmul_rate)))
+
+
+def stage_seconds(
+    network: float,
+    decoder: float,
+    settings: Settings,
+    rate: Callable[[torch.device, torch.dtype], float],
+) -> tuple[float, float]:
+    """Seconds of sampling and of decoding.
+
+    Args:
+        network: floating-point operations of all calls of the U-Net.
+        decoder: of the decoder.
+        settings: of the run, on a device and in a type.
+        rate: of large matrix products, as by `matmul_rate`.
+    """
     device, dtype = torch.device(str(settings.options.device)), _dtype(settings)
-    decoding = decoder_dtype(device, dtype, settings.options.optimize or "exact")
-    network, decoder = count_flops(files, settings)
-    rates = {each: matmul_rate(device, each) for each in {dtype, decoding}}
-    return (network / rates[dtype] + decoder / rates[decoding]) / EFFICIENCY
+    wide = decoder_dtype(device, dtype, settings.options.optimize or "exact")
+    sampling, decoding = network / rate(device, dtype), decoder / rate(device, wide)
+    return sampling / EFFICIENCY, decoding / EFFICIENCY
 
 
 def bound_seconds(files: ModelFiles, settings: Settings) -> float:

@@ -6,6 +6,7 @@ video goes. Shapes: t frames, z latent channels, f downsampling factor, h height
 
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sgm.checkpoint import load_checkpoint
 from sgm.device import default_device, memory_errors, parse_device
 from sgm.inference.budget import HIGH, MemoryPlan, next_smaller
 from sgm.inference.conditioning import embed, make_batch
@@ -27,7 +27,7 @@ from sgm.inference.pictures import (
     native_size,
     prepare_picture,
 )
-from sgm.inference.placement import FAST_GUIDED, Placement, choose_plan
+from sgm.inference.placement import FAST_GUIDED, Placement, choose_plan, needs_of
 from sgm.inference.progress import Callback, Progress, report
 from sgm.inference.results import in_form
 from sgm.inference.safety import SafetyFilter, find_filter
@@ -141,24 +141,16 @@ class VideoPipeline:
         asked = options or SamplingOptions()
         target = parse_device(asked.device) if asked.device else default_device()
         number = getattr(torch, asked.dtype) if asked.dtype else None
-        params = (files.config.get("params") or {}) | {"ckpt_path": None}
-        with torch.device("meta"):
-            engine = instantiate_from_config(files.config | {"params": params})
-        if not isinstance(engine, DiffusionEngine):
-            raise ValueError(
-                f"expected a DiffusionEngine in the YAML, got {files.config['target']}"
-            )
         name = files.spec.name
         with memory_errors(
             f"{name} does not fit on {target}; try --dtype float16 or another --device"
         ):
-            overlay = files.checkpoint if files.base else None
-            whole = files.base or files.checkpoint
-            load_checkpoint(engine, whole, overlay=overlay, loras=files.loras)
+            engine = files.load()
             number, optimize = number or default_dtype(target), asked.optimize or "exact"
             decided = asked.replace(device=str(target), dtype=number, optimize=optimize)
             native = files.spec.height, files.spec.width
-            plan = choose_plan(engine, resolve(decided, files.config, files.spec, native))
+            settings = resolve(decided, files.config, files.spec, native)
+            plan = choose_plan(settings, partial(needs_of, engine, settings))
             return cls(engine, files, target, number, optimize, plan, callback)
 
     @property

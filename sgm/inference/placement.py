@@ -146,12 +146,14 @@ def encoding_parts(
             yield embedder, dtype
 
 
-def choose_plan(engine: DiffusionEngine, settings: Settings, free: int | None = None) -> MemoryPlan:
+def choose_plan(
+    settings: Settings, needs: Callable[[], Needs], free: int | None = None
+) -> MemoryPlan:
     """The memory plan that a run's options ask for; for ``auto`` the fastest that fits.
 
     Args:
-        engine: loaded, its weights wherever they are.
         settings: of the run.
+        needs: counts what it takes; called only where that matters.
         free: bytes that the device has for it; None for what is free now.
     """
     options = settings.options
@@ -160,7 +162,7 @@ def choose_plan(engine: DiffusionEngine, settings: Settings, free: int | None = 
     if mode == "auto" and (options.optimize == "none" or device.type != "cuda"):
         return HIGH
     free = free_bytes(device) if free is None else free
-    return plan_memory(mode, free, needs_of(engine, settings))
+    return plan_memory(mode, free, needs())
 
 
 def needs_of(engine: DiffusionEngine, settings: Settings) -> Needs:

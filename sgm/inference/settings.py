@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from reprlib import repr as short_repr
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -18,6 +18,9 @@ from sgm.inference.files import user_path
 from sgm.inference.options import SamplingOptions
 from sgm.inference.specs import SPECS, ModelSpec, default_spec, find_config, get_spec
 from sgm.inference.weights import base_of, given_lora, given_weights, own_weights, tell_model
+
+if TYPE_CHECKING:
+    from sgm.models.diffusion import DiffusionEngine
 
 Config = dict[str, Any]
 
@@ -130,6 +133,20 @@ class ModelFiles:
         paths = (self.checkpoint, self.base) if self.base else (self.checkpoint,)
         added = tuple(lora_file(path) for path, _ in self.loras)
         return (*(file for path in paths for file in open_checkpoint(path).files), *added)
+
+    def load(self) -> "DiffusionEngine":
+        """The model with its weights, which stay in the mapped files until they are used.
+
+        Raises:
+            ValueError: the YAML describes no `DiffusionEngine`, or a file does not fit it.
+        """
+        from sgm.checkpoint import load_checkpoint
+        from sgm.models.diffusion import DiffusionEngine
+
+        engine = DiffusionEngine.without_weights(self.config)
+        overlay = self.checkpoint if self.base else None
+        load_checkpoint(engine, self.base or self.checkpoint, overlay=overlay, loras=self.loras)
+        return engine
 
 
 def find_model(

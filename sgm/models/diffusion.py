@@ -84,6 +84,20 @@ class DiffusionEngine(nn.Module):
         if ckpt_path is not None:
             load_checkpoint(self, ckpt_path)
 
+    @staticmethod
+    def without_weights(config: Config) -> "DiffusionEngine":
+        """The engine of a YAML's ``model`` section on the meta device; no file is opened.
+
+        Raises:
+            ValueError: the section describes something else.
+        """
+        params = (config.get("params") or {}) | {"ckpt_path": None}
+        with torch.device("meta"):
+            engine = instantiate_from_config({**config, "params": params})
+        if not isinstance(engine, DiffusionEngine):
+            raise ValueError(f"expected a DiffusionEngine in the YAML, got {config['target']}")
+        return engine
+
     def train(self, mode: bool = True) -> "DiffusionEngine":
         """Switch the mode; the first stage stays in evaluation mode."""
         super().train(mode)

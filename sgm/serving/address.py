@@ -8,20 +8,13 @@ from textwrap import shorten
 from typing import Any
 
 from sgm.inference.flags import Request
-from sgm.inference.options import GROUPS, SamplingOptions, option_fields
+from sgm.inference.options import SamplingOptions
 from sgm.inference.specs import get_spec
+from sgm.serving.limits import public_options
 
 LONGEST_COMPLAINT = 300  # characters; an address can hold far more
 
-# Kinds whose values would let a link choose what is read or used on the host.
-_KINDS_OF_THE_HOST = ("files", "path", "device")
-
-_OPTIONS = {
-    option.name: option
-    for group in GROUPS
-    for option in option_fields(group)
-    if option.metadata["kind"] not in _KINDS_OF_THE_HOST
-}
+_OPTIONS = {each.name: each for each in public_options() if each.metadata["kind"] != "device"}
 
 
 def to_query(version: str, options: SamplingOptions) -> dict[str, str]:

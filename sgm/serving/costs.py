@@ -22,13 +22,11 @@ from torch import nn
 
 from sgm.checkpoint.room import in_bytes
 from sgm.device import device_name, memory_errors
-from sgm.inference.budget import HIGH, USABLE, MemoryPlan, Needs, free_bytes, plan_memory
-from sgm.inference.dtypes import decoder_dtype
-from sgm.inference.estimate import EFFICIENCY, count_flops, matmul_rate, network_calls
-from sgm.inference.placement import needs_of
+from sgm.inference.budget import USABLE, MemoryPlan, Needs, free_bytes
+from sgm.inference.estimate import count_flops, matmul_rate, network_calls, stage_seconds
+from sgm.inference.placement import choose_plan, needs_of
 from sgm.inference.settings import ModelFiles, Settings, guidance_halves
 from sgm.models.diffusion import DiffusionEngine
-from sgm.util import instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +102,7 @@ class Costs:
         """
         work = self._work(files, settings)
         free = free_bytes(_device(settings)) + held
-        plan = plan_of(settings, free, work.needs)
+        plan = choose_plan(settings, lambda: work.needs, free)
         runs = self._nearest(_kind(files, settings, plan), work)
         stages = _scaled(runs, work) if runs else self._rough(settings, work)
         peaks = [run["peak"] / run["counted"] for run in runs if run["peak"]]
@@ -156,13 +154,14 @@ class Costs:
             held: bytes of the device that the run itself holds.
         """
         needs, free = self._work(files, settings).needs, free_bytes(_device(settings)) + held
-        needed = needs.peak(plan_of(settings, free, needs))
+        needed = needs.peak(choose_plan(settings, lambda: needs, free))
         room = min(USABLE * free, SMALLER * needed)
 
         def fits(**changes: Any) -> bool:
             changed = replace(settings, options=settings.options.replace(**changes))
             needs = self._work(files, changed).needs
-            return needs.peak(plan_of(changed, int(room / USABLE), needs)) <= room
+            plan = choose_plan(changed, lambda: needs, int(room / USABLE))
+            return needs.peak(plan) <= room
 
         found = ", or ".join(_changes_that_fit(settings, fits))
         what = f"{settings.frames} frames of {settings.size[0]}x{settings.size[1]}"
@@ -193,17 +192,14 @@ class Costs:
 
     def _rough(self, settings: Settings, work: Work) -> dict[str, float]:
         """Seconds of each stage from counts and rates alone."""
-        device, dtype = _device(settings), getattr(torch, str(settings.options.dtype))
-        wide = decoder_dtype(device, dtype, str(settings.options.optimize))
-        advice = f"{device} has no room to measure its speed; free it or take another device"
-        with memory_errors(advice):
-            rates = [
-                self._kept(("rate", device, each), partial(matmul_rate, device, each))
-                for each in (dtype, wide)
-            ]
-        sampling, decoding = work.network / rates[0], work.decoder / rates[1]
-        seconds = dict.fromkeys(STAGES, 0.0)
-        return seconds | {"sampling": sampling / EFFICIENCY, "decoding": decoding / EFFICIENCY}
+
+        def rate(device: torch.device, dtype: torch.dtype) -> float:
+            return self._kept(("rate", device, dtype), partial(matmul_rate, device, dtype))
+
+        device = _device(settings)
+        with memory_errors(f"{device} has no room to measure its speed; free it or take another"):
+            sampling, decoding = stage_seconds(work.network, work.decoder, settings, rate)
+        return dict.fromkeys(STAGES, 0.0) | {"sampling": sampling, "decoding": decoding}
 
     def _work(self, files: ModelFiles, settings: Settings) -> Work:
         options, calls = settings.options, network_calls(settings)
@@ -233,15 +229,6 @@ class Costs:
             while len(self._counted) > COUNTED:
                 self._counted.popitem(last=False)
         return made
-
-
-def plan_of(settings: Settings, free: int, needs: Needs) -> MemoryPlan:
-    """The memory plan that a run will have on a device with so many free bytes."""
-    options = settings.options
-    mode = options.memory or "auto"
-    if mode == "auto" and (options.optimize == "none" or _device(settings).type != "cuda"):
-        return HIGH
-    return plan_memory(mode, free, needs)
 
 
 def _changes_that_fit(settings: Settings, fits: Callable[..., bool]) -> Iterator[str]:
@@ -312,14 +299,12 @@ def _check(run: Noted) -> None:
 
 def _without_weights(files: ModelFiles) -> DiffusionEngine:
     """The model on the meta device, but for single numbers, whose values decide what is built."""
-    params = (files.config.get("params") or {}) | {"ckpt_path": None}
-    with torch.device("meta"):
-        engine = instantiate_from_config(files.config | {"params": params})
+    engine = DiffusionEngine.without_weights(files.config)
     for module in engine.modules():
         for name, value in module.named_parameters(recurse=False):
             if value.numel() == 1:
                 setattr(module, name, nn.Parameter(torch.zeros(value.shape), False))
-    return cast(DiffusionEngine, engine)
+    return engine
 
 
 def _device(settings: Settings) -> torch.device:

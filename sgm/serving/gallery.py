@@ -17,10 +17,10 @@ from threading import Lock
 
 from sgm.data.mp4 import decode_mp4
 from sgm.inference.flags import OUTPUT_FOLDER as COMMAND_LINE_FOLDER
-from sgm.inference.options import SamplingOptions, option_fields
+from sgm.inference.options import SamplingOptions
 from sgm.inference.record import Record, finished_runs
 from sgm.inference.videos import Frames, write_video
-from sgm.serving.limits import is_path
+from sgm.serving.limits import PATH_OPTIONS
 
 FORMATS = {"mp4": "video/mp4", "gif": "image/gif", "webp": "image/webp", "png": "application/zip"}
 KEPT_BYTES = 256 * 2**20  # of frames of the videos that were used last
@@ -132,17 +132,6 @@ class Gallery:
         videos.sort(key=lambda each: _modified(each[0]), reverse=True)
         return [self._run(path, record) for path, record in videos]
 
-    def run(self, visitor: str, token: str) -> Run:
-        """The video of a token.
-
-        Raises:
-            ValueError: this visitor has no such video.
-        """
-        for run in self.runs(visitor):
-            if secrets.compare_digest(run.token.encode(), token.encode()):
-                return run
-        raise ValueError("there is no such video, or no longer")
-
     def add(self, path: Path, frames: Frames) -> Run:
         """Take in a video that has just been made, whose frames are at hand."""
         self._remember(path, frames)
@@ -218,8 +207,7 @@ def _public(record: Record) -> Record:
     """
     places = [name for name, value in record.items() if isinstance(value, dict) and "path" in value]
     named = {each: record[each] | {"path": Path(record[each]["path"]).name} for each in places}
-    paths = [option.name for option in option_fields() if is_path(option.metadata["kind"])]
-    options = SamplingOptions().to_dict() | record["options"] | dict.fromkeys(paths)
+    options = SamplingOptions().to_dict() | record["options"] | dict.fromkeys(PATH_OPTIONS)
     return record | named | {"options": options}
 
 

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any, Self
 import yaml  # type: ignore[import-untyped]
 
 from sgm.config import check_arguments
+from sgm.errors import one_line
 from sgm.inference.files import user_path
-from sgm.inference.options import Option, SamplingOptions, option_fields
+from sgm.inference.options import GROUPS, Option, SamplingOptions, option_fields
 from sgm.inference.specs import get_spec
 
 if TYPE_CHECKING:
     from sgm.inference.settings import Settings
 
 OUTPUT_FOLDER = Path("outputs") / "demo"
+# Options that name files of this machine, which no page may offer or tell.
+PATH_OPTIONS = [each.name for each in option_fields() if each.metadata["kind"] in ("files", "path")]
 
 
 def _limit(default: Any, help: str, least: float | None = None) -> Any:
@@ -86,8 +89,7 @@ class Limits:
         except OSError as error:
             raise ValueError(f"settings {str(path)!r}: {error.strerror}") from error
         except (yaml.YAMLError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"settings {str(path)!r}: {reason}") from error
+            raise ValueError(f"settings {str(path)!r}: {one_line(error)}") from error
 
     def check(self, settings: "Settings") -> None:
         """Refuse a run that is longer, larger or slower than is allowed here.
@@ -110,11 +112,7 @@ class Limits:
     def offered(self, group: str) -> list[Option]:
         """The options of a group that visitors may set: none with paths, none decided here."""
         decided = {"watermark"} if self.watermark is not None else set()
-        return [
-            option
-            for option in option_fields(group)
-            if not is_path(option.metadata["kind"]) and option.name not in decided
-        ]
+        return [option for option in public_options(group) if option.name not in decided]
 
     def enforce(self, options: SamplingOptions) -> SamplingOptions:
         """The options with what the operator decides; no visitor names a file of this machine.
@@ -122,16 +120,18 @@ class Limits:
         Raises:
             ValueError: an option that holds paths is set.
         """
-        for option in option_fields():
-            if is_path(option.metadata["kind"]) and getattr(options, option.name) is not None:
-                raise ValueError(f"{option.name} is for the operator to set, not for visitors")
+        for name in PATH_OPTIONS:
+            if getattr(options, name) is not None:
+                raise ValueError(f"{name} is for the operator to set, not for visitors")
         forced = {"watermark": self.watermark, "safety_filter": self.safety_filter}
         return options.replace(**{k: v for k, v in forced.items() if v is not None})
 
 
-def is_path(kind: str) -> bool:
-    """Whether options of this kind name files, which no page may offer."""
-    return kind in ("files", "path")
+def public_options(group: str | None = None) -> list[Option]:
+    """The options of front ends that visitors may see and set, in order: those without paths."""
+    groups = GROUPS if group is None else [group]
+    options = (option for each in groups for option in option_fields(each))
+    return [option for option in options if option.name not in PATH_OPTIONS]
 
 
 def _values(content: Any) -> dict[str, Any]:

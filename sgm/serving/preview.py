@@ -6,12 +6,13 @@ Shapes: t frames, z latent channels, h height, w width, both in latents; H, W in
 from dataclasses import dataclass
 from typing import Self
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from numpy.typing import NDArray
 from torch import Tensor
+
+from sgm.inference.results import to_frames
+from sgm.inference.videos import Frames
 
 # Latents around a place that its colour depends on. They also code what is finer than a latent,
 # which neighbours give away: alone, a latent shows with twice the error (bundled model).
@@ -54,11 +55,10 @@ class LatentPreview:
         kernel = rearrange(weight, "(z i j) c -> c z i j", i=KERNEL, j=KERNEL)
         return cls(kernel.float(), (y_mean - x_mean @ weight).float())
 
-    def frames(self, latents: Tensor) -> NDArray[np.uint8]:
+    def frames(self, latents: Tensor) -> Frames:
         """Latents (t, z, h, w) -> pictures (t, h, w, 3)."""
         colours = F.conv2d(_padded(latents), self.weight, self.bias)
-        levels = ((colours + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
-        return np.ascontiguousarray(rearrange(levels, "t c h w -> t h w c").numpy())
+        return to_frames(colours)
 
 
 def _padded(latents: Tensor) -> Tensor:

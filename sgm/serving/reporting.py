@@ -36,6 +36,22 @@ class RunProgress:
     preview: Frames | None = None
 
 
+def in_words(position: int | None, progress: RunProgress | None) -> str:
+    """How an order stands, in a line.
+
+    Args:
+        position: its place in the queue; None where it does not wait.
+        progress: how far its run is; None before its first report.
+    """
+    if position is not None:
+        return f"Waiting: number {position} in the queue"
+    if progress is None:
+        return "Starting"
+    text = progress.text[:1].upper() + progress.text[1:]
+    several = progress.pictures > 1
+    return f"Video {progress.picture} of {progress.pictures}: {text}" if several else text
+
+
 class Reporter:
     """A callback of the pipeline for one order; ends the run when its ticket is cancelled.
 

@@ -31,10 +31,8 @@ from sgm.serving.gallery import Gallery, Run
 from sgm.serving.limits import Limits
 from sgm.serving.models import Offer, list_offers
 from sgm.serving.queue import Queue, Ticket
-from sgm.serving.reporting import Reporter, RunProgress
+from sgm.serving.reporting import Reporter
 from sgm.serving.uploads import open_upload
-
-__all__ = ["Order", "RunProgress", "Studio"]
 
 logger = logging.getLogger(__name__)
 
@@ -185,14 +183,6 @@ class Studio:
     def runs(self, visitor: str) -> list[Run]:
         """The videos that a visitor may see, newest first."""
         return self._gallery.runs(visitor)
-
-    def run(self, visitor: str, token: str) -> Run:
-        """One of them, by its token.
-
-        Raises:
-            ValueError: this visitor has no such video.
-        """
-        return self._gallery.run(visitor, token)
 
     def close(self) -> None:
         """Call all orders off, end the queue and take the model out of memory."""

@@ -12,15 +12,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from sgm.checkpoint import load_checkpoint
 from sgm.data.clips import read_clip
 from sgm.data.index import LATENTS, VIDEO, Entry, Place
 from sgm.inference.settings import find_model
-from sgm.models.diffusion import DiffusionEngine
 from sgm.training.assemble import digest
 from sgm.training.batch import NOISY, PICTURE, condition_batch
 from sgm.training.latents import latent_modes
-from sgm.util import instantiate_from_config
 
 AT_ONCE = 2
 """Frames that are encoded together."""
@@ -49,13 +46,7 @@ class Encoders:
         seed: int = 0,
     ) -> None:
         files = find_model(None, config, checkpoint)
-        params = (files.config.get("params") or {}) | {"ckpt_path": None}
-        with torch.device("meta"):
-            self.engine: DiffusionEngine = instantiate_from_config(
-                files.config | {"params": params}
-            )
-        overlay = files.checkpoint if files.base else None
-        load_checkpoint(self.engine, files.base or files.checkpoint, overlay=overlay)
+        self.engine = files.load()
         conditioner = self.engine.conditioner
         missing = {PICTURE, NOISY}.difference(conditioner.input_keys)
         if missing or next(self.engine.first_stage_model.encoder.parameters(), None) is None:

@@ -15,6 +15,7 @@ from torch.utils.data import default_collate
 from sgm.checkpoint import open_checkpoint, read_state_dict
 from sgm.config import build, check_arguments
 from sgm.device import memory_errors
+from sgm.errors import one_line
 from sgm.training import snapshot
 from sgm.training.assemble import OTHER_SEED, measure_latents, start_from_first_stage
 from sgm.training.callbacks import JsonLog, LastCheckpoint
@@ -199,7 +200,7 @@ def _trainer(lightning: Lightning, folder: Path) -> pl.Trainer:
     try:
         return pl.Trainer(**_TRAINER | options)
     except (MisconfigurationException, TypeError, ValueError) as exc:
-        raise ValueError(f"lightning.trainer: {' '.join(str(exc).split())}") from exc
+        raise ValueError(f"lightning.trainer: {one_line(exc)}") from exc
 
 
 def _made(name: str, value: Any) -> Any:

@@ -23,13 +23,13 @@ from sgm.inference.results import to_frames
 from sgm.inference.settings import ModelFiles, resolve
 from sgm.inference.specs import get_spec
 from sgm.inference.videos import Video
+from sgm.models.diffusion import DiffusionEngine
 from sgm.modules.ema import gathered
 from sgm.training.export import weights_of, with_adapters_merged
 from sgm.training.metrics import FrechetVideoDistance, perceptual_distance, ssim
 from sgm.training.module import TrainingModule
 from sgm.training.reporting import show_video
 from sgm.training.validation import Every
-from sgm.util import instantiate_from_config
 
 
 class Videos(Every):
@@ -168,9 +168,7 @@ def averaged_weights(module: TrainingModule) -> dict[str, Tensor]:
 
 def _engine_of(config: Mapping[str, Any], live: Any, weights: Mapping[str, Tensor]) -> Any:
     """Another engine with weights of its own, so that sampling leaves the live one alone."""
-    params = {**config["params"], "ckpt_path": None}
-    with torch.device("meta"):
-        engine = instantiate_from_config({**config, "params": params})
+    engine = DiffusionEngine.without_weights(config)
     for name, module in live.named_modules():  # parts that the checkpoint lacked
         for child in [child for child, part in module._modules.items() if part is None]:
             engine.get_submodule(name)._modules[child] = None

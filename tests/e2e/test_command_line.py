@@ -404,7 +404,7 @@ def test_too_little_memory_is_one_line(place, capsys, monkeypatch):
         raise full
 
     with monkeypatch.context() as patch:
-        patch.setattr("sgm.inference.pipeline.load_checkpoint", fail)
+        patch.setattr("sgm.checkpoint.load_checkpoint", fail)
         assert sample("photos") == 2
     assert "error: out of memory: svd_tiny does not fit on cpu; try" in capsys.readouterr().err
     monkeypatch.setattr("sgm.inference.pipeline.embed", fail)

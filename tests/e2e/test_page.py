@@ -465,6 +465,9 @@ def test_sv3d_options_appear_for_orbit_models_alone(place, weights, serve):
     page.text_input("azimuths_deg").set_value("").run()
     page.button_group("path").set_value("Up and down").run()
     assert page.text_input("elevations_deg").value == "20, 0, -20, 0"
+    # Catches: a path of so many angles that the video, now shorter, has no frames for.
+    page.slider("length").set_value(2).run()
+    assert page.text_input("elevations_deg").value == "0, 0"
 
 
 def test_curves_are_drawn_for_what_will_run(page):

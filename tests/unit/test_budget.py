@@ -7,7 +7,6 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from sgm.inference.budget import HIGH, LOW, MIN, PLANS, Needs, free_bytes, next_smaller, plan_memory
 from sgm.inference.footprint import peak_bytes
@@ -18,22 +17,10 @@ from sgm.inference.settings import read_config
 from sgm.inference.specs import find_config
 from sgm.modules.diffusionmodules.model import Encoder
 from sgm.util import instantiate_from_config
+from tests.measured import allocated_peak
 from tests.tiny import tiny_engine
 
 MEGA = 10**6
-
-
-def allocated_peak(run) -> int:
-    """The most bytes that PyTorch's allocator had given out at once, by its own record."""
-    run()
-    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        run()
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +68,8 @@ def test_estimate_against_the_allocator(engine, part, shape, dtype):
     model, call = calls[part]
     real = meta_copy(model, dtype).to_empty(device="cpu")
     real.load_state_dict(model.state_dict())
-    measured = allocated_peak(lambda: call(real, partial(torch.zeros, dtype=dtype)))
+    with torch.no_grad():
+        measured = allocated_peak(lambda: call(real, partial(torch.zeros, dtype=dtype)))
     copy, empty = meta_copy(model, dtype), partial(torch.empty, device="meta", dtype=dtype)
     estimated = peak_bytes(lambda: call(copy, empty))
     assert estimated == pytest.approx(measured, rel=0.1)

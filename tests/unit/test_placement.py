@@ -7,7 +7,7 @@ import torch
 
 from sgm.inference import SamplingOptions, VideoPipeline
 from sgm.inference.budget import HIGH, LOW, MIN
-from sgm.inference.placement import choose_plan
+from sgm.inference.placement import choose_plan, needs_of
 from sgm.inference.settings import resolve
 from sgm.inference.specs import ROOT
 
@@ -96,4 +96,4 @@ def test_auto_takes_what_fits(monkeypatch, memory, free, plan):
     options = SamplingOptions(device="cuda", dtype="float16", memory=memory, optimize="exact")
     settings = resolve(options, made.files.config, made.spec, (64, 64))
     monkeypatch.setattr("sgm.inference.placement.free_bytes", lambda _: free)
-    assert choose_plan(made.engine, settings) == plan
+    assert choose_plan(settings, lambda: needs_of(made.engine, settings)) == plan

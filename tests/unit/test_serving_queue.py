@@ -9,14 +9,7 @@ import time
 import pytest
 
 from sgm.serving.queue import Cancelled, Queue
-
-
-class Clock:
-    def __init__(self):
-        self.now = 0.0
-
-    def __call__(self):
-        return self.now
+from tests.measured import Clock
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import torch
 
 from sgm.inference.progress import Progress
 from sgm.serving.reporting import Reporter
+from tests.measured import Clock
 
 EXPECTED = {"encoding": 1.0, "sampling": 6.0, "decoding": 2.0, "writing": 1.0}
 
@@ -13,13 +14,6 @@ EXPECTED = {"encoding": 1.0, "sampling": 6.0, "decoding": 2.0, "writing": 1.0}
 class Ticket:
     progress = None
     cancelled = False
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import logging
 import pytest
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,6 +21,7 @@ from sgm.training.savings import (
     store_weights,
 )
 from sgm.training.tasks import DiffusionTask, select_trainable
+from tests.measured import allocated_peak
 from tests.tiny import FRAMES, tiny_engine
 from tests.unit.test_training_tasks import LOSS
 
@@ -137,19 +137,6 @@ def test_a_step_with_narrow_frozen_weights():
 
 
 # ---------------------------------------------------------------- the estimate
-def allocated_peak(run) -> int:
-    """The most bytes that PyTorch's allocator had given out at once, by its own record."""
-    run()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        run()
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
-
-
 @pytest.mark.parametrize("checkpoints", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_estimate_against_the_allocator(mode, checkpoints):

@@ -5,8 +5,9 @@ from typing import Any
 
 import streamlit as st
 
-from scripts.demo.page.session import TROUBLE, keep, one_line
+from scripts.demo.page.session import TROUBLE, keep
 from sgm.checkpoint.room import in_bytes
+from sgm.errors import one_line
 from sgm.inference.progress import duration
 from sgm.inference.settings import Settings
 from sgm.serving.costs import Cost

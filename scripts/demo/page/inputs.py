@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import streamlit as st
 
-from scripts.demo.page.session import errors_in_one_line, keep, one_line
+from scripts.demo.page.session import errors_in_one_line, keep
+from sgm.errors import one_line
 from sgm.inference.files import PICTURE_SUFFIXES
 from sgm.inference.options import SamplingOptions, option_fields
 from sgm.inference.pictures import Picture, prepare_picture

@@ -13,14 +13,13 @@ import streamlit as st
 from PIL import ImageColor
 
 from scripts.demo.page.session import keep
-from sgm.inference.options import GROUPS, Option, SamplingOptions, expected, option_fields
+from sgm.inference.options import GROUPS, Option, SamplingOptions
 from sgm.inference.pictures import Picture
 from sgm.inference.specs import ModelSpec
-from sgm.serving.limits import Limits, is_path
+from sgm.serving.limits import Limits, public_options
 from sgm.serving.studio import Studio
+from sgm.serving.widgets import bounds, has_slider, help_text, label, placeholder
 
-LARGEST_INTEGER = 2**53 - 1  # that a browser holds exactly
-SLIDER_STEPS = 256  # a longer range is typed
 WAVE = 20.0  # degrees that the camera rises and falls
 NEW_SEEDS = 2**31  # among which a new one is drawn: short enough to read out
 BY_THE_PICTURE = ("crop_x", "crop_y")
@@ -92,9 +91,7 @@ def take(values: Mapping[str, Any], limits: Limits) -> list[str]:
         A line for each value that is more than this page allows.
     """
     complaints = []
-    for option in (option for group in GROUPS for option in option_fields(group)):
-        if is_path(option.metadata["kind"]):
-            continue
+    for option in public_options():
         value = values.get(option.name, option.default)
         low, high = bounds(option, limits)
         if isinstance(value, int | float) and high is not None and not low <= value <= high:
@@ -102,21 +99,6 @@ def take(values: Mapping[str, Any], limits: Limits) -> list[str]:
             value = option.default
         st.session_state[option.name] = _shown(option, value)
     return complaints
-
-
-def bounds(option: Option, limits: Limits) -> tuple[Any, Any]:
-    """Lowest and highest value of a number on this page; None for what is no number."""
-    meta = option.metadata
-    if meta["kind"] not in ("integer", "number"):
-        return None, None
-    allowed = {
-        "num_frames": limits.max_frames,
-        "num_steps": limits.max_steps,
-        "videos_per_image": limits.max_videos,
-    }
-    number: Any = int if meta["kind"] == "integer" else float
-    high = min(meta["max"], LARGEST_INTEGER, allowed.get(option.name, LARGEST_INTEGER))
-    return number(meta["min"]), number(high)
 
 
 def _panels(spec: ModelSpec) -> list[str]:
@@ -139,8 +121,10 @@ def _length(option: Option, usual: SamplingOptions, limits: Limits) -> int | Non
 
     def set_frames() -> None:
         state.num_frames = None if state.length == known else state.length
+        if state.get("path"):  # which has an angle for each frame
+            state.elevations_deg = camera_paths(state.length)[state.path]
 
-    st.slider(_label(option), low, high, key="length", on_change=set_frames, help=_help(option))
+    st.slider(label(option), low, high, key="length", on_change=set_frames, help=help_text(option))
     return None if state.length == known else int(state.length)
 
 
@@ -181,12 +165,16 @@ def _quality(usual: SamplingOptions, limits: Limits) -> None:
     )
 
 
-def _path(frames: int) -> None:
-    """Ready-made paths of the camera, which set the elevations."""
+def camera_paths(frames: int) -> dict[str, str]:
+    """Ready-made paths of the camera: elevations in degrees, one for all frames or one for each."""
     turns = (2 * math.pi * frame / frames for frame in range(1, frames + 1))
     wave = (round(WAVE * math.sin(turn), 1) + 0.0 for turn in turns)  # + 0.0: no negative zero
-    paths = {"Level": "0", "From above": "30", "Up and down": ", ".join(f"{e:g}" for e in wave)}
-    state = st.session_state
+    return {"Level": "0", "From above": "30", "Up and down": ", ".join(f"{e:g}" for e in wave)}
+
+
+def _path(frames: int) -> None:
+    """A choice of paths, which sets the elevations."""
+    paths, state = camera_paths(frames), st.session_state
     state.path = next((p for p in paths if paths[p] == keep("elevations_deg", None)), None)
 
     def set_elevations() -> None:
@@ -199,14 +187,13 @@ def _path(frames: int) -> None:
 def _widget(option: Option, usual: SamplingOptions, limits: Limits) -> Any:
     """Let the visitor set an option; None, shown as the usual value, leaves it to the model."""
     meta = option.metadata
-    known = getattr(usual, option.name) if meta["unset"] == "the model's" else None
     keep(option.name, _shown(option, option.default))
     common: Any = {
-        "label": _label(option),
+        "label": label(option),
         "key": option.name,
-        "help": _help(option),
+        "help": help_text(option),
     }
-    hint: Any = {"placeholder": str(meta["unset"] if known is None else known)}
+    hint: Any = {"placeholder": placeholder(option, usual)}
     match meta["kind"]:
         case "choice":
             return st.selectbox(options=meta["choices"], index=None, **common, **hint)
@@ -223,7 +210,7 @@ def _widget(option: Option, usual: SamplingOptions, limits: Limits) -> Any:
 
 def _number(option: Option, limits: Limits, common: Any, hint: Any) -> Any:
     low, high = bounds(option, limits)
-    if option.default is not None and 0 < high - low < SLIDER_STEPS:
+    if has_slider(option, limits):
         return st.slider(min_value=low, max_value=high, **common)
     return st.number_input(
         min_value=low,
@@ -234,17 +221,6 @@ def _number(option: Option, limits: Limits, common: Any, hint: Any) -> Any:
         **common,
         **hint,
     )
-
-
-def _label(option: Option) -> str:
-    names = {"motion_bucket_id": "Motion", "num_frames": "Length"}
-    label = names.get(option.name, option.name.removesuffix("_deg").replace("_", " ").capitalize())
-    unit = option.metadata["unit"]
-    return f"{label} ({unit})" if unit and not label.endswith(unit) else label
-
-
-def _help(option: Option) -> str:
-    return f"{option.metadata['help']} Takes {expected(option)}."
 
 
 def _shown(option: Option, value: Any) -> Any:

@@ -2,7 +2,8 @@
 
 import streamlit as st
 
-from scripts.demo.page.session import TROUBLE, keep, one_line
+from scripts.demo.page.session import TROUBLE, keep
+from sgm.errors import one_line
 from sgm.inference.specs import ModelSpec, default_spec
 from sgm.serving.models import Offer, default_offer
 from sgm.serving.studio import Studio

@@ -6,11 +6,12 @@ from typing import Any
 import streamlit as st
 
 from scripts.demo.page import inputs, knobs, running
-from scripts.demo.page.session import TROUBLE, errors_in_one_line, one_line
-from sgm.inference.options import GROUPS, SamplingOptions, option_fields
+from scripts.demo.page.session import TROUBLE, errors_in_one_line
+from sgm.errors import one_line
+from sgm.inference.options import SamplingOptions
 from sgm.inference.specs import SPECS
 from sgm.serving.gallery import FORMATS, Run
-from sgm.serving.limits import is_path
+from sgm.serving.limits import public_options
 from sgm.serving.studio import Order, Studio
 
 SHOWN_PIXELS = 512  # up to which a small video is shown larger
@@ -87,12 +88,7 @@ def summary(run: Run) -> str:
 def described(run: Run) -> dict[str, str]:
     """Every setting of a run that is not a matter of this machine's files."""
     options = run.record["options"]
-    names = [
-        option.name
-        for group in GROUPS
-        for option in option_fields(group)
-        if not is_path(option.metadata["kind"]) and options.get(option.name) is not None
-    ]
+    names = [each.name for each in public_options() if options.get(each.name) is not None]
     made = {"model": run.record["version"]} | {name: _text(options[name]) for name in names}
     return made | {"seconds": f"{run.record['seconds']:g}"}
 
@@ -181,9 +177,4 @@ def _text(value: Any) -> str:
 
 
 _SIDES = ("height", "width")
-_DEFAULTS = {
-    option.name: option.default
-    for group in GROUPS
-    for option in option_fields(group)
-    if not is_path(option.metadata["kind"])
-}
+_DEFAULTS = {option.name: option.default for option in public_options()}

@@ -13,9 +13,11 @@ import streamlit as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from scripts.demo.page.session import TROUBLE, keep, keep_lasting_objects, one_line, visitor
+from scripts.demo.page.session import TROUBLE, keep, keep_lasting_objects, visitor
+from sgm.errors import one_line
 from sgm.serving.queue import Cancelled, Ticket
-from sgm.serving.studio import Order, RunProgress, Studio
+from sgm.serving.reporting import in_words
+from sgm.serving.studio import Order, Studio
 
 POLL_SECONDS = 0.7
 SHEET = 16 / 9  # proportions of the sheet of preview frames
@@ -76,15 +78,9 @@ def collect(studio: Studio) -> None:
 def _show_ticket(ticket: Ticket, number: int) -> None:
     with st.container(border=True, key=f"ticket_{number}"):
         progress = ticket.progress
-        position = ticket.position
-        if position is not None:
-            st.progress(0.0, f"Waiting: number {position} in the queue")
-        elif progress is None:
-            st.progress(0.0, "Starting")
-        else:
-            st.progress(min(1.0, max(0.0, progress.fraction)), _in_words(progress))
-            if progress.preview is not None:
-                st.html(_inline(sheet(progress.preview), "The frames so far, roughly"))
+        st.progress(progress.fraction if progress else 0.0, in_words(ticket.position, progress))
+        if progress and progress.preview is not None:
+            st.html(_inline(sheet(progress.preview), "The frames so far, roughly"))
         called_off = ticket.cancelled
         st.button(
             "Cancelling" if called_off else "Cancel",
@@ -93,13 +89,6 @@ def _show_ticket(ticket: Ticket, number: int) -> None:
             on_click=ticket.cancel,
             disabled=called_off,
         )
-
-
-def _in_words(progress: RunProgress) -> str:
-    text = progress.text[:1].upper() + progress.text[1:]
-    if progress.pictures > 1:
-        return f"Video {progress.picture} of {progress.pictures}: {text}"
-    return text
 
 
 def _inline(picture: NDArray[Any], alt: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import streamlit as st
 
+from sgm.errors import one_line
 from sgm.serving.limits import Limits
 from sgm.serving.studio import Studio
 
@@ -49,11 +50,6 @@ def visitor() -> str:
 def keep(name: str, first: Any) -> Any:
     """What the page keeps under a name; ``first`` where that is nothing yet."""
     return st.session_state.setdefault(name, first)
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextmanager
