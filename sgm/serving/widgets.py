@@ -8,14 +8,19 @@ from sgm.serving.limits import Limits
 LARGEST_INTEGER = 2**53 - 1  # that a browser holds exactly
 SLIDER_STEPS = 256  # a longer range is typed
 
-_NAMES = {"motion_bucket_id": "Motion", "num_frames": "Length"}
+_NAMES = {
+    "motion_bucket_id": "Motion",
+    "num_frames": "Length",
+    "num_steps": "Steps",
+    "fps": "Frame rate",
+}
 
 
 def label(option: Option) -> str:
     """The option's name in plain words, with its unit: ``Height (pixels)``."""
     plain = option.name.removesuffix("_deg").replace("_", " ").capitalize()
     name, unit = _NAMES.get(option.name, plain), option.metadata["unit"]
-    return f"{name} ({unit})" if unit and not name.endswith(unit) else name
+    return f"{name} ({unit})" if unit and not name.lower().endswith(unit) else name
 
 
 def help_text(option: Option) -> str:

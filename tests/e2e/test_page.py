@@ -227,6 +227,18 @@ def test_a_link_and_the_page_it_opens_say_the_same(page):
     assert "motion_bucket_id" not in opened.query_params
 
 
+def test_values_are_sent_until_the_browser_has_seen_them(page):
+    # Catches: a quick click that leaves sliders at 0, as the browser missed the first drawing.
+    opened = visit(motion_bucket_id="100", num_steps="3")
+    opened.button_group("source").set_value("upload").run()
+    assert opened.slider("motion_bucket_id").proto.set_value
+    assert opened.number_input("num_steps").proto.set_value
+    opened.slider("motion_bucket_id").set_value(90).run()
+    opened.button_group("source").set_value("sample").run()
+    assert not opened.slider("motion_bucket_id").proto.set_value
+    assert opened.number_input("num_steps").proto.value == 3
+
+
 def test_what_a_link_may_not_say_is_left_out(page):
     # Catches: a path or a device by link, a refused value that ends the page or passes silently.
     opened = visit(

@@ -3,7 +3,7 @@
 import streamlit as st
 
 from scripts.demo.page.results import described, play, scrub
-from scripts.demo.page.session import errors_in_one_line, keep
+from scripts.demo.page.session import errors_in_one_line, keep, put
 from sgm.inference.videos import Frames
 from sgm.serving.gallery import Run
 
@@ -39,7 +39,7 @@ def compare(runs: list[Run]) -> None:
     chosen = []
     for column, key, first in zip(st.columns(2), ("left", "right"), (1, 0), strict=True):
         if st.session_state.get(key) not in names:
-            st.session_state[key] = runs[first].token
+            put(key, runs[first].token)
         column.selectbox(key.capitalize(), list(names), format_func=names.__getitem__, key=key)
         run = next(run for run in runs if run.token == st.session_state[key])
         chosen.append(run)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import streamlit as st
 
-from scripts.demo.page.session import errors_in_one_line, keep
+from scripts.demo.page.session import errors_in_one_line, keep, put
 from sgm.errors import one_line
 from sgm.inference.files import PICTURE_SUFFIXES
 from sgm.inference.options import SamplingOptions, option_fields
@@ -49,8 +49,8 @@ def choose_pictures(studio: Studio) -> tuple[bytes, ...]:
 
 def take_earlier(picture: bytes) -> None:
     """Choose the picture of an earlier run; for a callback, before the widgets are drawn."""
-    st.session_state.earlier = picture
-    st.session_state.source = "earlier"
+    put("earlier", picture)
+    put("source", "earlier")
 
 
 def _uploads(studio: Studio) -> tuple[bytes, ...]:

@@ -12,7 +12,7 @@ from typing import Any, cast
 import streamlit as st
 from PIL import ImageColor
 
-from scripts.demo.page.session import keep
+from scripts.demo.page.session import keep, put
 from sgm.inference.options import GROUPS, Option, SamplingOptions
 from sgm.inference.pictures import Picture
 from sgm.inference.specs import ModelSpec
@@ -97,7 +97,7 @@ def take(values: Mapping[str, Any], limits: Limits) -> list[str]:
         if isinstance(value, int | float) and high is not None and not low <= value <= high:
             complaints.append(f"{option.name} is {low} to {high} on this page, got {value}")
             value = option.default
-        st.session_state[option.name] = _shown(option, value)
+        put(option.name, _shown(option, value))
     return complaints
 
 
@@ -120,9 +120,9 @@ def _length(option: Option, usual: SamplingOptions, limits: Limits) -> int | Non
     state.length = min(keep("num_frames", None) or known, high)
 
     def set_frames() -> None:
-        state.num_frames = None if state.length == known else state.length
+        put("num_frames", None if state.length == known else state.length)
         if state.get("path"):  # which has an angle for each frame
-            state.elevations_deg = camera_paths(state.length)[state.path]
+            put("elevations_deg", camera_paths(state.length)[state.path])
 
     st.slider(label(option), low, high, key="length", on_change=set_frames, help=help_text(option))
     return None if state.length == known else int(state.length)
@@ -135,7 +135,7 @@ def _seed(option: Option, usual: SamplingOptions, limits: Limits) -> Any:
             "New seed",
             key="new_seed",
             icon=":material/casino:",
-            on_click=lambda: st.session_state.update(seed=secrets.randbelow(NEW_SEEDS)),
+            on_click=lambda: put("seed", secrets.randbelow(NEW_SEEDS)),
         )
     return seed
 
@@ -153,7 +153,7 @@ def _quality(usual: SamplingOptions, limits: Limits) -> None:
 
     def set_steps() -> None:
         if state.quality is not None:
-            state.num_steps = steps[state.quality]
+            put("num_steps", steps[state.quality])
 
     st.segmented_control(
         "Quality",
@@ -179,7 +179,7 @@ def _path(frames: int) -> None:
 
     def set_elevations() -> None:
         if state.path is not None:
-            state.elevations_deg = paths[state.path]
+            put("elevations_deg", paths[state.path])
 
     st.segmented_control("Path", list(paths), key="path", on_change=set_elevations)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import streamlit as st
 
 from scripts.demo.page import costs, curves, gallery, inputs, knobs, models, results, running
-from scripts.demo.page.session import errors_in_one_line, keep, visitor
+from scripts.demo.page.session import errors_in_one_line, keep, put, send_again, visitor
 from sgm.inference.options import SamplingOptions
 from sgm.inference.settings import Settings
 from sgm.inference.specs import ModelSpec
@@ -42,6 +42,7 @@ def show_page(studio: Studio) -> None:
     Raises:
         ValueError: there is no model.
     """
+    send_again()
     _read_address(studio)
     left, right = st.columns([2, 3], gap="large")
     wish = None
@@ -75,9 +76,9 @@ def _read_address(studio: Studio) -> None:
         version, values, complaints = from_query(query)
         refused = models.refuse_model(studio, version) if version else None
         if version and not refused:
-            st.session_state.version = version
+            put("version", version)
         if query.get(PICTURE) in inputs.SAMPLES:
-            st.session_state.sample = query[PICTURE]
+            put("sample", query[PICTURE])
         complaints += [refused] if refused else []
         st.session_state.complaints = complaints + knobs.take(values, studio.limits)
     for complaint in st.session_state.complaints:

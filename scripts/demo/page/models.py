@@ -2,7 +2,7 @@
 
 import streamlit as st
 
-from scripts.demo.page.session import TROUBLE, keep
+from scripts.demo.page.session import TROUBLE, keep, put
 from sgm.errors import one_line
 from sgm.inference.specs import ModelSpec, default_spec
 from sgm.serving.models import Offer, default_offer
@@ -21,7 +21,7 @@ def choose_model(studio: Studio) -> ModelSpec:
         return default_spec()  # which says how to get one
     present = {offer.spec.name: offer for offer in offers if offer.present}
     if st.session_state.get("version") not in present:
-        st.session_state.version = first.spec.name
+        put("version", first.spec.name)
     chosen = present[st.selectbox("Model", list(present), key="version")]
     loaded = "; loaded" if studio.loaded == chosen.spec.name else ""
     st.caption(f"{chosen.spec.about}; {chosen.size}; {chosen.licence}{loaded}")

@@ -6,7 +6,7 @@ from typing import Any
 import streamlit as st
 
 from scripts.demo.page import inputs, knobs, running
-from scripts.demo.page.session import TROUBLE, errors_in_one_line
+from scripts.demo.page.session import TROUBLE, errors_in_one_line, put
 from sgm.errors import one_line
 from sgm.inference.options import SamplingOptions
 from sgm.inference.specs import SPECS
@@ -126,7 +126,7 @@ def use_settings(studio: Studio, run: Run, make: bool = False, **changes: Any) -
     except TROUBLE as error:
         state.complaints = [one_line(error)]
         return
-    state.version = run.record["version"]
+    put("version", run.record["version"])
     state.complaints = knobs.take(asked, studio.limits)
     if run.picture is not None:
         inputs.take_earlier(run.picture)

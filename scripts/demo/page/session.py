@@ -2,6 +2,7 @@
 
 import gc
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from sgm.errors import one_line
 from sgm.serving.limits import Limits
 from sgm.serving.studio import Studio
 
+SENDING_SECONDS = 10.0  # in which a browser has drawn what it was sent
 TROUBLE = (ValueError, OSError, MemoryError)  # what a visitor or the operator can mend
 
 
@@ -49,7 +51,30 @@ def visitor() -> str:
 
 def keep(name: str, first: Any) -> Any:
     """What the page keeps under a name; ``first`` where that is nothing yet."""
-    return st.session_state.setdefault(name, first)
+    if name not in st.session_state:
+        put(name, first)
+    return st.session_state[name]
+
+
+def put(name: str, value: Any) -> None:
+    """Set what the page keeps under a name: of a widget, before it is drawn or in a callback."""
+    st.session_state[name] = value
+    st.session_state.setdefault("fresh_values", {})[name] = value, time.monotonic()
+
+
+def send_again() -> None:
+    """Send the widgets once more what was `put` of late; before they are drawn.
+
+    Streamlit sends a value that was set with the next drawing alone. A busy browser may pass over
+    that drawing, where a quick click has asked for another: its widget would show, and later give,
+    what one has for which no value was set. Where the value is another by now, it was seen.
+    """
+    state, now = st.session_state, time.monotonic()
+    for name, (value, put_at) in list(state.get("fresh_values", {}).items()):
+        if now - put_at < SENDING_SECONDS and name in state and state[name] == value:
+            state[name] = value
+        else:
+            del state.fresh_values[name]
 
 
 @contextmanager
