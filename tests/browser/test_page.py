@@ -41,20 +41,20 @@ output_folder: {folder}
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    """A server with the operator's settings; its address."""
+    """A server with the operator's settings, started from elsewhere; its address."""
     folder = tmp_path_factory.mktemp("server")
     (folder / "settings.yaml").write_text(SETTINGS.format(folder=folder / "outputs"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        *(sys.executable, "-m", "streamlit", "run", "scripts/demo/video_sampling.py"),
+        *(sys.executable, "-m", "streamlit", "run", str(ROOT / "scripts/demo/video_sampling.py")),
         *("--server.port", str(port), "--server.headless", "true", "--", "--settings"),
         str(folder / "settings.yaml"),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with (folder / "log").open("w") as log:
-        server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
         try:
             _wait_for(f"http://localhost:{port}/_stcore/health")
             yield f"http://localhost:{port}"

@@ -23,6 +23,7 @@ from sgm.serving.widgets import bounds, has_slider, help_text, label, placeholde
 WAVE = 20.0  # degrees that the camera rises and falls
 NEW_SEEDS = 2**31  # among which a new one is drawn: short enough to read out
 BY_THE_PICTURE = ("crop_x", "crop_y")
+IGNORED_IN_ORBITS = ("motion_bucket_id", "fps_id")  # SV3D is told the camera's angles instead
 QUALITIES = {"Quick": 0.4, "Usual": 1.0, "Best": 2.0}  # parts of the model's own steps
 
 Values = dict[str, Any]
@@ -31,7 +32,8 @@ Values = dict[str, Any]
 def offered(limits: Limits, spec: ModelSpec) -> list[Option]:
     """The options that visitors may set."""
     groups = [group for group in GROUPS if group != "sv3d" or spec.orbit]
-    return [option for group in groups for option in limits.offered(group)]
+    options = (option for group in groups for option in limits.offered(group))
+    return [option for option in options if not (spec.orbit and option.name in IGNORED_IN_ORBITS)]
 
 
 def plain_options(studio: Studio, spec: ModelSpec, picture: Picture | None) -> SamplingOptions:
@@ -61,11 +63,10 @@ def choose_options(studio: Studio, spec: ModelSpec, picture: Picture | None) -> 
     limits, plain = studio.limits, plain_options(studio, spec, picture)
     usual = studio.settings(spec.name, picture, plain).options
     options = {option.name: option for option in offered(limits, spec)}
-    values = {
-        "motion_bucket_id": _widget(options["motion_bucket_id"], usual, limits),
-        "num_frames": _length(options["num_frames"], usual, limits),
-        "seed": _seed(options["seed"], usual, limits),
-    }
+    motion = options.get("motion_bucket_id")
+    values = {"motion_bucket_id": _widget(motion, usual, limits)} if motion else {}
+    values["num_frames"] = _length(options["num_frames"], usual, limits)
+    values["seed"] = _seed(options["seed"], usual, limits)
     _quality(usual, limits)
     panels = {group: st.expander(_title(group), icon=_icon(group)) for group in _panels(spec)}
     if spec.orbit:

@@ -77,9 +77,11 @@ def shown_width(run: Run) -> int:
 def summary(run: Run) -> str:
     """A run in a line."""
     options = run.record["options"]
+    orbit = SPECS[run.record["version"]].orbit
+    motion = "" if orbit else f"motion {options['motion_bucket_id']}, "
     return (
         f"{run.record['version']}, {options['num_frames']} frames of {options['width']} x "
-        f"{options['height']}, {options['fps']} frames/s, motion {options['motion_bucket_id']}, "
+        f"{options['height']}, {options['fps']} frames/s, {motion}"
         f"{options['num_steps']} steps, seed {options['seed']}, "
         f"made in {run.record['seconds']:g} s"
     )
@@ -161,6 +163,8 @@ def _further(studio: Studio, run: Run) -> None:
             on_click=use_settings,
             args=(studio, run),
         )
+        if SPECS[run.record["version"]].orbit:
+            return
         st.button(
             "Same seed, more motion",
             key="more_motion",
