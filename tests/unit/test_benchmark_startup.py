@@ -26,7 +26,7 @@ def run(ready, peak):
 MET = {
     "native file": (8.0, 6.6),
     "diffusers folder": (8.7, 6.6),
-    "MindSpore file": (11.9, 6.6),
+    "MindSpore file": (9.5, 6.6),
     "native file, optimised networks": (20.0, 50.0),
     "diffusers itself": (9.0, 50.0),
 }
@@ -40,8 +40,8 @@ MET = {
         {"native file": (8.0, 6.9)},
         {"diffusers folder": (8.9, 6.6)},
         {"diffusers folder": (8.7, 6.9)},
-        {"MindSpore file": (12.1, 6.6)},
-        {"MindSpore file": (11.9, 6.9)},
+        {"MindSpore file": (9.7, 6.6)},
+        {"MindSpore file": (9.5, 6.9)},
     ],
 )
 def test_all_targets_count(tmp_path, capsys, missed):
