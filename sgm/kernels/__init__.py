@@ -1,25 +1,29 @@
 """What a network does between its matrix products, each as one pass over memory.
 
 All functions take activations as *tokens* ``(n, s, c)``, contiguous (else they are copied): n rows,
-which are the frames of the clips one after the other, s positions of a frame, c channels. Each has
+which are the frames of the clips one after the other, s positions of a frame, c channels. They have
 two forms:
 
 - :mod:`~sgm.kernels.reference`: PyTorch calls. The specification, and what a CPU runs.
 - ``fused``: Triton kernels, for CUDA devices and 16 or 32-bit floats. They compute in float32 and
   round once. Attention in float32 is left to PyTorch.
 
-:func:`use` forces one of them. Both are for inference: no gradients. Triton is imported, and tried,
+The exception is :func:`spatial_attention`, for which PyTorch has exact backends of its own.
+:func:`use` forces one form. Both are for inference: no gradients. Triton is imported, and tried,
 when a CUDA tensor first arrives: before a CUDA graph is captured.
 """
 
 from typing import Any
 
+from einops import rearrange
 from torch import Tensor
 
+from sgm.kernels.backends import attend
 from sgm.kernels.dispatch import Form, attention_form_for, form_for, use
 
 __all__ = [
-    "Form", "blend", "geglu", "group_norm", "residual_layer_norm", "temporal_attention", "use",
+    "Form", "blend", "geglu", "group_norm", "residual_layer_norm", "spatial_attention",
+    "temporal_attention", "use",
 ]  # fmt: skip
 
 
@@ -140,6 +144,28 @@ def blend(
         _require(alpha.shape == x.shape[:1], f"alpha of shape ({len(x)},)", alpha)
     x, y, delta = _contiguous(x, y, delta)
     return form_for(x).blend(x, y, delta, shift, alpha)
+
+
+def spatial_attention(qkv: Tensor, heads: int) -> Tensor:
+    """Attention over the positions of a frame, for each head by itself.
+
+    Scaled dot products (arXiv 1706.03762, equation 1), with the scale ``d ** -0.5``, by the exact
+    backend of PyTorch that was the quickest when tensors like these first came.
+
+    Args:
+        qkv: (n, s, 3 heads d): queries, keys, values, each with the heads in order.
+        heads: number of heads.
+
+    Returns:
+        (n, s, heads d).
+
+    Raises:
+        ValueError: the channels do not fit the heads.
+    """
+    width = qkv.shape[2]
+    _require(width % (3 * heads) == 0, f"channels divisible by 3 x {heads} heads", width)
+    q, k, v = rearrange(qkv, "n s (part heads d) -> part n heads s d", part=3, heads=heads)
+    return rearrange(attend(q, k, v), "n heads s d -> n s (heads d)")
 
 
 def temporal_attention(qkv: Tensor, heads: int, frames: int) -> Tensor:

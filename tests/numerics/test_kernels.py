@@ -298,6 +298,17 @@ def test_temporal_attention(form, dtype, clips, frames, s, heads, d):
 
 
 @both_forms
+@all_dtypes
+@pytest.mark.parametrize(("n", "s", "heads", "d"), [(2, 70, 3, 64), (3, 33, 1, 40), (1, 1, 2, 8)])
+def test_spatial_attention(form, dtype, n, s, heads, d):
+    def formula(qkv, heads):
+        return attention_formula(qkv.transpose(0, 1), heads, s).transpose(0, 1)
+
+    qkv = 2 * noise("qkv", n, s, 3 * heads * d)
+    check(form, kernels.spatial_attention, formula, dtype, qkv, heads)
+
+
+@both_forms
 @pytest.mark.parametrize(("frames", "d"), [(128, 16), (130, 16), (3, 130)])
 def test_temporal_attention_at_its_limits(form, frames, d):
     qkv = noise("qkv", frames, 2, 3 * d)

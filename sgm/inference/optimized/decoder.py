@@ -5,10 +5,9 @@ Shapes: n = b t rows, t frames, z latent channels, f the upsampling factor, h he
 
 from typing import Any
 
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
+from sgm import kernels
 from sgm.inference.optimized.layers import (
     Convolution,
     GroupNorm,
@@ -78,9 +77,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, h, w, c) -> (n, h, w, c)."""
-        q, k, v = rearrange(self.qkv(self.norm(x)), "n h w (p c) -> p n 1 (h w) c", p=3)
-        out = F.scaled_dot_product_attention(q, k, v).view_as(x)
-        return self.out(out).add_(x)
+        qkv = self.qkv(self.norm(x)).flatten(1, 2)
+        return self.out(kernels.spatial_attention(qkv, heads=1).view_as(x)).add_(x)
 
 
 def _optimized(layer: nn.Module, place: Place) -> nn.Module:

@@ -12,8 +12,6 @@ from math import ceil
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from sgm import kernels
@@ -73,9 +71,7 @@ class Attention(nn.Module):
 
     def over_space(self, x: Tensor) -> Tensor:
         """Attend to the positions of a frame: (n, s, c) -> (n, s, c)."""
-        q, k, v = rearrange(self.qkv(x), "n s (p heads d) -> p n heads s d", p=3, heads=self.heads)
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.out(rearrange(out, "n heads s d -> n s (heads d)"))
+        return self.out(kernels.spatial_attention(self.qkv(x), self.heads))
 
     def over_time(self, x: Tensor, frames: int) -> Tensor:
         """Attend to the frames of a position: (n, s, c) -> (n, s, c)."""
