@@ -1,4 +1,4 @@
-"""Which devices there are, what they are called, and what they are fast in; imports torch alone."""
+"""Which devices there are, what they are called, and what they are fast in; needs torch alone."""
 
 import ctypes
 import platform
@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+from sgm.errors import let_go
 
 # Flags of processor units that multiply bfloat16 natively; elsewhere it is emulated and slow.
 _BFLOAT16_UNITS = frozenset(("avx512_bf16", "amx_bf16", "bf16", "svebf16"))
@@ -45,6 +47,8 @@ def parse_device(name: str) -> torch.device:
 def memory_errors(advice: str) -> Iterator[None]:
     """Turn a lack of memory, which each device reports in its own way, into one line of advice.
 
+    What the failed functions had in memory is given up.
+
     Raises:
         MemoryError: in place of such an error; all others pass.
     """
@@ -54,6 +58,7 @@ def memory_errors(advice: str) -> Iterator[None]:
         known = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not known and not _OUT_OF_MEMORY.search(str(error)):
             raise
+        let_go(error)
         raise MemoryError(f"out of memory: {advice}") from error
 
 

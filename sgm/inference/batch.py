@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
+from sgm.errors import let_go
 from sgm.inference import record
 from sgm.inference.files import expand_inputs, next_output_path, user_path
 from sgm.inference.flags import OUTPUT_FOLDER, SAMPLE_PICTURE, Request, to_options
@@ -230,6 +231,7 @@ def _make(
                 video.save(path)
     except (ValueError, OSError, MemoryError) as error:
         logger.debug("%s failed", run.source, exc_info=True)
+        let_go(error)
         return Outcome(run.source, error=error)
     return Outcome(run.source, path, time.monotonic() - began, video=video)
 

@@ -111,18 +111,19 @@ class Needs:
         }
 
 
-def plan_memory(mode: str, free: int, needs: Needs) -> MemoryPlan:
+def plan_memory(mode: str, free: int, needs: Callable[[], Needs]) -> MemoryPlan:
     """The plan of a mode; for ``auto`` the fastest that fits, or the smallest where none does.
 
     Args:
         mode: ``auto``, or a plan's name.
         free: bytes that the device has, with nothing of the model on it.
-        needs: asked for ``auto`` alone, from the fastest plan on.
+        needs: counts what the model takes; called for ``auto`` alone, as that takes seconds.
     """
     if mode != "auto":
         return next(plan for plan in PLANS if plan.name == mode)
+    counted = needs()
     for plan in PLANS:
-        peak = needs.peak(plan)
+        peak = counted.peak(plan)
         logger.debug("memory plan %s: %.2f of %.2f GB", plan.name, peak / 1e9, free / 1e9)
         if peak <= USABLE * free:
             return plan
@@ -135,11 +136,17 @@ def next_smaller(plan: MemoryPlan) -> MemoryPlan | None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of a device that nobody uses, or that this process's cache would give up."""
+    """Memory of a device that nobody uses, or that this process's cache would give up.
+
+    On CUDA no more than ``torch.cuda.set_per_process_memory_fraction`` leaves this process.
+    """
     match device.type:
         case "cuda":
-            cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-            return torch.cuda.mem_get_info(device)[0] + cached
+            free, total = torch.cuda.mem_get_info(device)
+            share = getattr(torch.cuda, "get_per_process_memory_fraction", None)
+            limit = int(total * share(device)) if share else total  # not in every PyTorch
+            reserved = torch.cuda.memory_reserved(device)
+            return min(free + reserved, limit) - torch.cuda.memory_allocated(device)
         case "mps":
             return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     status = Path("/proc/meminfo")  # Linux; elsewhere nobody tells

@@ -4,8 +4,9 @@ Command line, page, tests and benchmarks differ only in how the options are made
 video goes. Shapes: t frames, z latent channels, f downsampling factor, h height, w width.
 """
 
+import gc
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -54,7 +55,7 @@ class VideoPipeline:
         device: where to compute; None for the fastest there is.
         dtype: type of the U-Net; None for the best that the device is fast in.
         optimize: ``none``, ``exact`` or ``fast``, see :class:`SamplingOptions`.
-        plan: how much of the model is on the device at once.
+        plan: how much of the model is on the device at once; less where memory runs out.
         callback: called while the weights go to the device; returning False ends that.
     """
 
@@ -75,7 +76,8 @@ class VideoPipeline:
         def placed(done: int, total: int) -> None:
             report(callback, Progress("loading", done // 10**6, max(1, total // 10**6)))
 
-        self.placement = Placement(engine, self.device, self.dtype, optimize, plan, placed)
+        self.plan, self._first_plan = plan, plan
+        self._placement: Placement | None = self._place(placed)
         self._judge: SafetyFilter | None = None
 
     @classmethod
@@ -154,6 +156,16 @@ class VideoPipeline:
             return cls(engine, files, target, number, optimize, plan, callback)
 
     @property
+    def placement(self) -> Placement:
+        """The model on its device, as :attr:`plan` says."""
+        if self._placement is None:
+            self._placement = self._place()
+        return self._placement
+
+    def _place(self, placed: Callable[[int, int], None] | None = None) -> Placement:
+        return Placement(self.engine, self.device, self.dtype, self.optimize, self.plan, placed)
+
+    @property
     def latent_channels(self) -> int:
         """Channels of the latents: z."""
         return int(self.engine.first_stage_model.decoder.conv_in.in_channels)
@@ -183,6 +195,10 @@ class VideoPipeline:
         if options.optimize not in (None, self.optimize):
             raise ValueError(
                 f"optimize is {self.optimize} in this pipeline, got {options.optimize}"
+            )
+        if options.memory not in (None, "auto", self._first_plan.name):
+            raise ValueError(
+                f"memory is {self._first_plan.name} in this pipeline, got {options.memory}"
             )
         if options.lora and tuple(map(given_lora, options.lora)) != self.files.loras:
             raise ValueError(f"this pipeline has other weights: load one with lora {options.lora}")
@@ -228,34 +244,34 @@ class VideoPipeline:
         results = []
         for seed in video_seeds(options):
             run = (picture, options.replace(seed=seed), callback, noise, latents)
-            try:
-                results.append(self._in_memory(*run))
-            except MemoryError as error:
-                self._step_down(error)
-                results.append(self._in_memory(*run))
+            results.append(self._in_memory(*run))
         return results[0] if len(results) == 1 else results
 
     def _in_memory(self, *run: Any) -> Any:
-        """Make one video.
+        """Make one video, by a smaller memory plan than the present one if it takes that.
 
         Raises:
             MemoryError: the device is too small, with what to try.
         """
-        with memory_errors("try --memory min, fewer or smaller frames, or a smaller --decoding_t"):
-            return self._one(*run)
+        advice = "try --memory min, fewer or smaller frames, or a smaller --decoding_t"
+        while True:
+            try:
+                with memory_errors(advice):
+                    return self._one(*run)
+            except MemoryError as error:
+                smaller = next_smaller(self.plan)
+                if smaller is None or self.optimize == "none":
+                    raise
+                logger.warning("%s; going on with the memory plan %r", error, smaller.name)
+            self._step_down(smaller)
 
-    def _step_down(self, error: MemoryError) -> None:
-        """Go on with the next smaller memory plan.
-
-        Raises:
-            MemoryError: there is none.
-        """
-        smaller = next_smaller(self.placement.plan)
-        if smaller is None or self.optimize == "none":
-            raise error
-        logger.warning("%s; going on with the memory plan %r", error, smaller.name)
-        del self.placement  # gives its memory back before the next is made
-        self.placement = Placement(self.engine, self.device, self.dtype, self.optimize, smaller)
+    def _step_down(self, plan: MemoryPlan) -> None:
+        """Give the device's memory back; the next attempt places the model by this plan."""
+        self.plan, self._placement = plan, None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def _one(
         self,

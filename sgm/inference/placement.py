@@ -87,6 +87,7 @@ class Placement:
         else:
             self.network = self._make_network(dtype, FAST_REUSE if optimize == "fast" else 1)
             self.decoder = self._make_decoder(decoding)
+        engine.denoiser.to(device)  # a discrete one has a table of noise levels
         self._loading.finish(device)
         self._stages = self._make_stages([part for part, _ in encoders]) if moves else {}
 
@@ -131,6 +132,8 @@ class Placement:
             for streamed in self._stages.get(stage, []):
                 stack.enter_context(streamed)
             yield
+        if isinstance(self.network, OptimizedNetwork):
+            self.network.forget()  # what a run keeps is not counted for the other stages
 
 
 def encoding_parts(
@@ -162,7 +165,7 @@ def choose_plan(
     if mode == "auto" and (options.optimize == "none" or device.type != "cuda"):
         return HIGH
     free = free_bytes(device) if free is None else free
-    return plan_memory(mode, free, needs())
+    return plan_memory(mode, free, needs)
 
 
 def needs_of(engine: DiffusionEngine, settings: Settings) -> Needs:

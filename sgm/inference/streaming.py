@@ -1,7 +1,7 @@
 """Blocks whose weights stay on the host: the next one's are fetched while this one computes."""
 
 from collections.abc import Iterator, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -121,20 +121,23 @@ class _Packed:
     def __init__(self, block: nn.Module, pinned: bool) -> None:
         self.block = block
         self._tensors = [*block.parameters(), *block.buffers()]
-        self._views = cache(self._lay_out)
+        self._views: dict[int, list[Tensor]] = {}  # by address of the memory
         self.host = torch.empty(weight_bytes(block), dtype=torch.uint8, pin_memory=pinned)
-        for tensor, view in zip(self._tensors, self._views(self.host), strict=True):
+        for tensor, view in zip(self._tensors, self._lay_out(self.host), strict=True):
             view.copy_(tensor.data)
         self.place(self.host)
 
     def place(self, memory: Tensor) -> None:
         """Let the block use what is in ``memory``, laid out as in ``host``."""
-        for tensor, view in zip(self._tensors, self._views(memory), strict=True):
+        place = memory.data_ptr()
+        if place not in self._views:
+            self._views[place] = self._lay_out(memory)
+        for tensor, view in zip(self._tensors, self._views[place], strict=True):
             tensor.data = view
 
     def leave_device(self) -> None:
         """Let the block use the host's memory, and keep hold of no other."""
-        self._views.cache_clear()
+        self._views.clear()
         self.place(self.host)
 
     def _lay_out(self, memory: Tensor) -> list[Tensor]:

@@ -56,9 +56,9 @@ def quickest(q: Tensor, k: Tensor, v: Tensor) -> SDPBackend | None:
     for backend in _CANDIDATES:
         try:
             seconds = _time(backend, q, k, v)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # it is not for this device, type or shape
+        except RuntimeError as error:  # it is not for this device, type or shape
+            if best is None and isinstance(error, torch.OutOfMemoryError):
+                raise
             continue
         if seconds < _CLEARLY * least:
             best, least = backend, seconds

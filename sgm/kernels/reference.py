@@ -24,23 +24,36 @@ def group_norm(
 ) -> Tensor:
     """See :func:`sgm.kernels.group_norm`."""
     n, s, c = x.shape
-
-    def norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        b, p, _ = x.shape
-        image = x[:, :, None].permute(0, 3, 1, 2)  # channels last: the CPU's quick path
-        return torch.native_group_norm(image, weight, bias, b, c, p, groups, eps)
-
     if shift is not None:
         x = _add_shift(x, shift)
     x = x.view(n // frames, frames * s, c)
-    out, mean, inverse_deviation = norm(x)
-    # The CPU takes E[x^2] - E[x]^2. A norm does not see what is subtracted from a whole group.
-    if x.device.type == "cpu" and (mean * inverse_deviation).abs().amax() > _FAR:
-        centre = mean.to(x.dtype).repeat_interleave(c // groups, dim=1)
-        out = norm(x - centre[:, None])[0]
+    if x.device.type == "cpu":
+        out = _group_norm_on_cpu(x, weight, bias, groups, eps)
+    else:
+        out = F.group_norm(_map(x), groups, weight, bias, eps)
     if silu:
         F.silu(out, inplace=True)
     return rearrange(out, "b c p 1 -> b p c").contiguous().view(n, s, c)
+
+
+def _group_norm_on_cpu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    """(b, p, c) -> (b, c, p, 1). The CPU takes E[x^2] - E[x]^2, which a mean far away ruins."""
+
+    def norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        b, p, c = x.shape
+        return torch.native_group_norm(_map(x), weight, bias, b, c, p, groups, eps)
+
+    out, mean, inverse_deviation = norm(x)
+    if (mean * inverse_deviation).abs().amax() <= _FAR:
+        return out
+    # A norm does not see what is subtracted from a whole group.
+    centre = mean.to(x.dtype).repeat_interleave(x.shape[2] // groups, dim=1)
+    return norm(x - centre[:, None])[0]
+
+
+def _map(x: Tensor) -> Tensor:
+    """(b, p, c) -> (b, c, p, 1), a view: channels last, which is the CPU's quick path."""
+    return x[:, :, None].permute(0, 3, 1, 2)
 
 
 def residual_layer_norm(

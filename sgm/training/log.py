@@ -58,7 +58,8 @@ class JsonLines:
         self._window.append(dict(values))
         if step % self._every:
             return
-        means = {name: fmean(row[name] for row in self._window) for name in values}
+        # What the decoder's adversary says begins amid a window.
+        means = {name: fmean(row[name] for row in self._window if name in row) for name in values}
         line = {"step": step} | {k: float(f"{v:.6g}") for k, v in (now | means).items()}
         self._window.clear()
         self._file.write(json.dumps(line) + "\n")

@@ -23,10 +23,19 @@ def qkv(tokens=1024):
 
 
 def test_the_quicker_one_is_chosen_whatever_the_order(monkeypatch):
-    """Catches the first that works taken, and the slowest."""
+    """Catches the first that works taken, the slowest, and the first call's time, in which a
+    backend may load or compile."""
+    clock, first = [0.0], {FLASH: 100.0, MATH: 1.0}
+
+    def work(*_):
+        (chosen,) = backends.torch.nn.attention._cur_sdpa_kernel_backends()
+        clock[0] += first.pop(chosen, {FLASH: 2.0, MATH: 3.0}[chosen])
+
+    monkeypatch.setattr(backends, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(F, "scaled_dot_product_attention", work)
     for candidates in ((FLASH, MATH), (MATH, FLASH)):
         monkeypatch.setattr(backends, "_CANDIDATES", candidates)
-        assert backends.quickest(*qkv()) == FLASH
+        assert backends.quickest(*qkv(1)) == FLASH
 
 
 def test_those_that_cannot_are_passed_over(monkeypatch):
@@ -46,15 +55,22 @@ def test_equally_quick_ones_keep_their_order(monkeypatch):
     assert backends.quickest(*qkv(1)) == FLASH
 
 
-def test_no_memory_is_no_reason_to_try_another(monkeypatch):
-    """Catches it taken for a backend that cannot: the memory plan is to step down instead."""
+def test_no_memory_for_the_first_is_no_reason_to_try_another(monkeypatch):
+    """Catches it taken for a backend that cannot, where the memory plan is to step down; and a
+    step down for a backend that would only have been tried."""
 
-    def fail(*_):
-        raise torch.OutOfMemoryError
+    def time(backend, *_):
+        if backend in full:
+            raise torch.OutOfMemoryError
+        return 1.0
 
-    monkeypatch.setattr(backends, "_time", fail)
+    monkeypatch.setattr(backends, "_time", time)
+    monkeypatch.setattr(backends, "_CANDIDATES", (FLASH, CUDNN))
+    full = {FLASH, CUDNN}
     with pytest.raises(torch.OutOfMemoryError):
         backends.quickest(*qkv(1))
+    full = {CUDNN}
+    assert backends.quickest(*qkv(1)) == FLASH
 
 
 @pytest.mark.parametrize("backend", [FLASH, MATH])

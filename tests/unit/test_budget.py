@@ -128,19 +128,19 @@ def test_what_plans_need():
 def test_auto_takes_the_fastest_that_fits(free, name):
     """With a tenth to spare. Caught: no margin, a stage that is not looked at, the smallest plan
     first."""
-    assert plan_memory("auto", free, NEEDS).name == name
+    assert plan_memory("auto", free, lambda: NEEDS).name == name
 
 
 def test_auto_takes_the_smallest_where_nothing_fits():
-    assert plan_memory("auto", 1, NEEDS) is MIN
+    assert plan_memory("auto", 1, lambda: NEEDS) is MIN
 
 
 @pytest.mark.parametrize(("mode", "plan"), [("high", HIGH), ("low", LOW), ("min", MIN)])
 def test_named_modes_count_nothing(mode, plan):
-    def refuse(*_):
+    def refuse():
         raise AssertionError("counted")
 
-    assert plan_memory(mode, 0, Needs({}, (), refuse)) is plan
+    assert plan_memory(mode, 0, refuse) is plan
 
 
 def test_plans_go_down_to_the_smallest():
@@ -155,6 +155,23 @@ def test_free_memory_is_of_this_machine():
     """Caught: kilobytes taken for bytes."""
     everything = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 0.01 * everything < free_bytes(torch.device("cpu")) < everything
+
+
+@pytest.mark.parametrize(("share", "free"), [(1.0, 66), (0.5, 46), (0.7, 66), (None, 66)])
+def test_free_memory_of_a_process_with_a_limit(monkeypatch, share, free):
+    """By hand: of 100, others have 30; this process has 10 in a cache, and tensors of 4 in it.
+
+    Caught: a plan beyond torch.cuda.set_per_process_memory_fraction, the cache counted twice.
+    """
+    names = {"mem_get_info": (60, 100), "memory_reserved": 10, "memory_allocated": 4}
+    for name, value in names.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    limit = "get_per_process_memory_fraction"
+    if share is None:
+        monkeypatch.delattr(torch.cuda, limit, raising=False)
+    else:
+        monkeypatch.setattr(torch.cuda, limit, lambda _: share, raising=False)
+    assert free_bytes(torch.device("cuda")) == free
 
 
 def test_a_copy_without_values(engine):

@@ -1,13 +1,14 @@
 """Memory plans change where and in which pieces a video is computed, and not what it shows."""
 
 import logging
+import weakref
 
 import pytest
 import torch
 
 from sgm.inference import SamplingOptions, VideoPipeline
 from sgm.inference.budget import HIGH, LOW, MIN
-from sgm.inference.placement import choose_plan, needs_of
+from sgm.inference.placement import Placement, choose_plan, needs_of
 from sgm.inference.settings import resolve
 from sgm.inference.specs import ROOT
 
@@ -46,6 +47,8 @@ def test_the_options_of_the_whole_path_name_the_plan(expected):
     made = VideoPipeline.load(pipeline().files, options)
     assert made.placement.plan == MIN
     assert decibels(made(PICTURE, options), expected) >= 110
+    with pytest.raises(ValueError, match="memory is min in this pipeline, got low"):
+        made(PICTURE, options.replace(memory="low"))
 
 
 def test_without_memory_the_next_plan_goes_on(expected, caplog):
@@ -67,6 +70,63 @@ def test_without_memory_the_next_plan_goes_on(expected, caplog):
     assert "out of memory" in caplog.text
     assert "'unload'" in caplog.text
     assert decibels(frames, expected) >= 110
+
+
+def test_a_failed_attempt_holds_no_memory_when_the_next_begins(monkeypatch):
+    """Catches its tensors kept by the error, or by a cycle, while the smaller plan is placed."""
+    made = pipeline()
+    held = []
+
+    def full(x, *_, **__):
+        activation = x + 1
+        held.append(weakref.ref(activation))
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    made.placement.network = full
+    held.append(weakref.ref(made.placement))
+
+    def alive(*_, **__):
+        assert [reference() for reference in held] == [None, None]
+        raise LookupError
+
+    monkeypatch.setattr("sgm.inference.pipeline.Placement", alive)
+    with pytest.raises(LookupError):
+        made(PICTURE, OPTIONS)
+
+
+def test_a_plan_that_cannot_be_placed_is_stepped_over(expected, monkeypatch):
+    """Catches a pipeline that is left without its model for good."""
+    made = pipeline()
+    plans = []
+
+    def place(*args):
+        plans.append(args[4].name)
+        if len(plans) == 1:
+            raise RuntimeError("CUDA error: out of memory")
+        return Placement(*args)
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    made.placement.network = full
+    monkeypatch.setattr("sgm.inference.pipeline.Placement", place)
+    assert decibels(made(PICTURE, OPTIONS), expected) >= 110
+    assert plans == ["unload", "halves"]
+
+
+def test_nothing_of_a_run_is_kept_for_the_decoder(monkeypatch):
+    """Catches conditions and deep features left on the device after sampling."""
+    made = pipeline(optimize="fast")
+    network, seen = made.placement.network, []
+    real = made._decode
+
+    def decode(*args):
+        seen.append((network._conditions, network._deep))
+        return real(*args)
+
+    monkeypatch.setattr(made, "_decode", decode)
+    made(PICTURE, OPTIONS)
+    assert seen == [([], [])]
 
 
 @pytest.mark.parametrize("how", [{"memory": "min"}, {"optimize": "none"}])

@@ -1,5 +1,6 @@
 """Weights that stay on the host: what is where, when it is copied, and that nobody notices."""
 
+import gc
 import weakref
 
 import pytest
@@ -270,3 +271,19 @@ def test_copies_beside_computation(resident):
             out = network(x)
             assert blocks[0].weight.device.type == "cpu" or resident
         assert torch.equal(out, expected)
+
+
+def test_the_hosts_copy_goes_with_its_last_user():
+    """Catches a reference cycle, which would keep page-locked memory until garbage is collected."""
+    network = make(*SIZES)
+    gc.collect()
+    gc.disable()
+    try:
+        streamed = Streamed(list(network.blocks), CPU)
+        with streamed:
+            network(X)
+        packed = [weakref.ref(each) for each in streamed._all]
+        del streamed
+        assert [each() for each in packed] == [None] * len(SIZES)
+    finally:
+        gc.enable()

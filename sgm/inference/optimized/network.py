@@ -72,6 +72,10 @@ class OptimizedNetwork:
         self._deep = list(deep) if self._reuse > 1 else []
         return torch.cat(outs).to(x.dtype)
 
+    def forget(self) -> None:
+        """Give up what is kept of a run: the next call makes it anew."""
+        self._given, self._conditions, self._deep = None, [], []
+
     def _by_plain_network(
         self, x: Tensor, t: Tensor, c: Mapping[str, Tensor], frames: int, images: Tensor | None
     ) -> Tensor:

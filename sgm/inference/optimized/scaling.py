@@ -15,7 +15,7 @@ from sgm.modules.diffusionmodules.blocks import ResBlock
 from sgm.modules.diffusionmodules.layers import Upsample
 from sgm.modules.diffusionmodules.model import AttnBlock, Decoder, ResnetBlock
 
-FLOAT16_SCALE = 1 / 32  # a power of two, so that scaling rounds nothing
+FLOAT16_SCALE = 1 / 32  # a power of two: it rounds nothing but float16's smallest numbers
 
 
 @torch.no_grad()
