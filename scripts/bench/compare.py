@@ -4,7 +4,6 @@ On a CPU the weights of convolutions lie channels-last, for all systems alike: d
 takes weights as they are, is up to a third quicker then.
 """
 
-import gc
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from scripts.bench.models import build_engine, lay_channels_last
 from scripts.bench.presets import DIFFUSERS, Case, Preset, Target
 from scripts.bench.report import Results, gigabytes, markdown, seconds
 from scripts.bench.systems import System, make_system
-from scripts.bench.timing import Calls, Timing, alternate
+from scripts.bench.timing import Calls, Timing, alternate, give_back
 from sgm.device import has_fast_bfloat16
 from sgm.inference.settings import ModelFiles
 from sgm.models.diffusion import DiffusionEngine
@@ -78,9 +77,7 @@ def run(preset: Preset, files: ModelFiles, device: torch.device, results: Result
         if dtype in wanted:
             measuring.systems(engine, dtype)
         del engine
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back()
     rows = measuring.rows
     came = verdicts(preset.targets, rows, results.machine["processor_flags"])
     results.add(targets=came)
@@ -256,5 +253,9 @@ def _is_fast(dtype: str, device: torch.device) -> bool:
 @contextmanager
 def _full_float32() -> Iterator[None]:
     """Convolutions too, which CUDA computes with fewer bits unless told otherwise."""
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    cudnn = torch.backends.cudnn  # whose flags() would switch it off as well
+    before, cudnn.allow_tf32 = cudnn.allow_tf32, False
+    try:
         yield
+    finally:
+        cudnn.allow_tf32 = before

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from scripts.bench.presets import Case, Preset
+from scripts.bench.processes import ROOT, last_line
 from scripts.bench.report import Results, gigabytes, markdown, seconds
 from scripts.check_load import make_file
 from sgm.inference import SamplingOptions, VideoPipeline
 from sgm.inference.options import MEMORY_MODES
 from sgm.inference.settings import ModelFiles, find_model
 
-ROOT = Path(__file__).resolve().parents[2]
 PICTURE = ROOT / "assets" / "sample.jpg"
 # diffusers in its least memory: what its page on this model advises, all of it at once.
 THEIRS = {"diffusers": 14, "diffusers, offloaded": 2}  # frames decoded at once
@@ -76,7 +76,7 @@ def run(preset: Preset, files: ModelFiles, device: torch.device, results: Result
         for case in preset.cases:
             for system in (*ours(), *THEIRS):
                 path = folder if system in THEIRS else file
-                runs.append(_in_process(system, path, case, preset.limit))
+                runs.append(_in_process(system, files.spec.name, path, case, preset.limit))
                 print(runs[-1], flush=True)
                 results.add(runs=runs)
     steps = preset.cases[0].steps
@@ -91,7 +91,7 @@ def ours() -> dict[str, dict[str, str]]:
     return plain | {f"memory {mode}": {"memory": mode} for mode in MEMORY_MODES}
 
 
-def measure(system: str, path: Path, case: Case, limit: int | None) -> Run:
+def measure(system: str, model: str, path: Path, case: Case, limit: int | None) -> Run:
     """Load, make a video of one step and then one of all; in this process."""
     torch.zeros(1, device="cuda")
     free, total = torch.cuda.mem_get_info()
@@ -99,7 +99,10 @@ def measure(system: str, path: Path, case: Case, limit: int | None) -> Run:
     if limit:
         torch.cuda.set_per_process_memory_fraction(min(1.0, (limit - context) / total))
     began = time.perf_counter()
-    make = (_their_way if system in THEIRS else _our_way)(system, path, case)
+    if system in THEIRS:
+        make = _their_way(system, path, case)
+    else:
+        make = _our_way(system, model, path, case)
     load_s = time.perf_counter() - began
     make(1)
     began = time.perf_counter()
@@ -112,22 +115,20 @@ def measure(system: str, path: Path, case: Case, limit: int | None) -> Run:
     )
 
 
-def _in_process(system: str, path: Path, case: Case, limit: int | None) -> Run:
-    command = [sys.executable, "-m", "scripts.bench.memory", system, str(path)]
-    command += [json.dumps(asdict(case)), str(limit or 0)]
-    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return Run(system, case.frames, limit, failure=reason[:200])
-    return Run(**json.loads(done.stdout.splitlines()[-1]))
+def _in_process(system: str, model: str, path: Path, case: Case, limit: int | None) -> Run:
+    job = system, model, str(path), json.dumps(asdict(case)), str(limit or 0)
+    try:
+        return Run(**json.loads(last_line("scripts.bench.memory", *job)))
+    except RuntimeError as error:
+        return Run(system, case.frames, limit, failure=str(error))
 
 
-def _our_way(system: str, path: Path, case: Case) -> Make:
+def _our_way(system: str, model: str, path: Path, case: Case) -> Make:
     given: dict[str, Any] = {"device": "cuda", "dtype": case.dtypes[0], "output": "tensor"}
+    given |= {"num_frames": case.frames, "height": case.height, "width": case.width}
     options = SamplingOptions.from_dict(given | ours()[system])
-    pipeline = VideoPipeline.load(find_model("svd_xt", None, path), options)
-    sized = options.replace(num_frames=case.frames, height=case.height, width=case.width)
-    return lambda steps: pipeline(PICTURE, sized.replace(num_steps=steps))
+    pipeline = VideoPipeline.load(find_model(model, None, path), options)
+    return lambda steps: pipeline(PICTURE, options.replace(num_steps=steps))
 
 
 def _their_way(system: str, path: Path, case: Case) -> Make:
@@ -159,11 +160,12 @@ def _cells(run: Run) -> list[str]:
 def main() -> int:
     """Measure one way to run, and print the figures as JSON."""
     parser = argparse.ArgumentParser()
-    for name in ("system", "path", "case", "limit"):
+    for name in ("system", "model", "path", "case", "limit"):
         parser.add_argument(name)
     given = parser.parse_args()
     case = Case(**json.loads(given.case))
-    found = measure(given.system, Path(given.path), case, int(given.limit) or None)
+    limit = int(given.limit) or None
+    found = measure(given.system, given.model, Path(given.path), case, limit)
     print(json.dumps(asdict(found)))
     return 0
 

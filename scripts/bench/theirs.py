@@ -13,8 +13,9 @@ from scripts.bench.timing import Calls
 from sgm.inference.settings import ModelFiles
 from sgm.models.diffusion import DiffusionEngine
 
-# As its page on this model advises.
-COMPILE_MODE = "reduce-overhead"
+# The mode as its page on this model advises; lengths come one after the other, and code for a
+# symbolic one would be slower.
+COMPILATION: Any = {"mode": "reduce-overhead", "dynamic": False}
 
 
 class Diffusers:
@@ -32,7 +33,7 @@ class Diffusers:
         self.pipeline = build_diffusers(files, engine)
         if compiled:
             lay_channels_last(self.pipeline.unet)
-            self.pipeline.unet = torch.compile(self.pipeline.unet, mode=COMPILE_MODE)
+            self.pipeline.unet = torch.compile(self.pipeline.unet, **COMPILATION)
 
     def calls(self, given: Inputs) -> Calls:
         """See :class:`System`."""

@@ -80,6 +80,12 @@ def alternate(
     }
 
 
+def give_back() -> None:
+    """Return to the device all that nothing refers to any more, for what is measured next."""
+    gc.collect()
+    torch.cuda.empty_cache()  # nothing where CUDA was not used
+
+
 def _once(call: Call, device: torch.device, inner: int) -> tuple[float, int | None, Any]:
     """Seconds of a call, bytes, and what it gave."""
     cuda = device.type == "cuda"

@@ -7,12 +7,10 @@ Shapes: b clips, t frames, z latent channels, h height, w width.
 """
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +19,9 @@ from torch import Tensor, nn
 from scripts.bench.inputs import COND_AUG, FPS_ID, MOTION
 from scripts.bench.models import SEED, build_diffusers, build_engine, model_files
 from scripts.bench.presets import DIFFUSERS, Case, Preset
+from scripts.bench.processes import last_line
 from scripts.bench.report import Results, gigabytes, markdown, seconds
-from scripts.bench.timing import alternate
+from scripts.bench.timing import Timing, alternate, give_back
 from scripts.benchmark_startup import peak_memory
 from sgm.inference.settings import ModelFiles
 from sgm.models.diffusion import DiffusionEngine
@@ -31,7 +30,6 @@ from sgm.training.optim import Optim
 from sgm.training.savings import skip_idle_attention
 from sgm.util import append_dims, instantiate_from_config
 
-ROOT = Path(__file__).resolve().parents[2]
 OURS = "this project"
 LOSSES = 1e-3  # relative difference after some steps: rounding, and no more
 OPTIM = Optim(lr=1e-5, weight_decay=0.01, clip=1.0)
@@ -52,7 +50,7 @@ class Row:
         median: of those; None where there are none.
         loss: of the last step.
         peak_bytes: most memory of a process that does nothing else; imports count.
-        failure: why there are no times.
+        failure: why there are no times, or no peak.
     """
 
     system: str
@@ -68,16 +66,26 @@ def run(preset: Preset, files: ModelFiles, device: torch.device, results: Result
     """Both loops, with and without checkpointing; whether this project's is no worse."""
     case, rows = preset.cases[0], list[Row]()
     for checkpointing in (False, True):
-        steps = {name: make(files, case, device, checkpointing) for name, make in LOOPS.items()}
-        for name, timing in alternate(steps, device, case.stages["train"], 2).items():
-            peak = _peak(preset, name, device, checkpointing)
-            figures = (timing.seconds, timing.median, timing.result, peak, timing.failure)
+        for name, timing in _times(files, case, device, checkpointing).items():
+            peak, failure = _peak(preset, name, device, checkpointing)
+            figures = timing.seconds, timing.median, timing.result, peak, timing.failure or failure
             rows.append(Row(name, checkpointing, *figures))
             results.add(training=rows)
     header = ["loop", "checkpointing", "step", "against diffusers", "peak memory", "loss"]
     title = f"{case.name}, {case.dtypes[0]}, {_millions(files)} M parameters, all of them learn."
     results.show(f"{title}\n\n{markdown(header, _cells(rows))}")
     return all(_no_worse(*pair) for pair in zip(rows[::2], rows[1::2], strict=True))
+
+
+def _times(
+    files: ModelFiles, case: Case, device: torch.device, checkpointing: bool
+) -> dict[str, Timing]:
+    """Both loops in turn; the device is empty again afterwards."""
+    steps = {name: make(files, case, device, checkpointing) for name, make in LOOPS.items()}
+    times = alternate(steps, device, case.stages["train"], 2)
+    del steps
+    give_back()
+    return times
 
 
 def our_loop(files: ModelFiles, case: Case, device: torch.device, checkpointing: bool) -> Step:
@@ -179,17 +187,23 @@ def _loop(network: nn.Module, forward: Forward, given: _Given) -> Step:
     return step
 
 
-def _peak(preset: Preset, system: str, device: torch.device, checkpointing: bool) -> int:
-    """Most memory of a process that runs this loop alone; see `_measure_peak`."""
+def _peak(
+    preset: Preset, system: str, device: torch.device, checkpointing: bool
+) -> tuple[int | None, str | None]:
+    """Most memory of a process that runs this loop alone, or why there is no figure.
+
+    See `_measure_peak`.
+    """
     job: dict[str, Any] = {
         "model": preset.model,
         "changes": dict(preset.changes),
         "case": asdict(preset.cases[0]),
     }
     job |= {"system": system, "device": str(device), "checkpointing": checkpointing}
-    command = [sys.executable, "-m", "scripts.bench.training", json.dumps(job)]
-    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    return int(done.stdout.splitlines()[-1])
+    try:
+        return int(last_line("scripts.bench.training", json.dumps(job))), None
+    except RuntimeError as error:
+        return None, str(error)
 
 
 def _measure_peak(job: Mapping[str, Any]) -> int:
@@ -218,7 +232,7 @@ def _cells(rows: list[Row]) -> Iterator[list[str]]:
             *(row.system, "yes" if row.checkpointing else "no"),
             seconds(row.median) or row.failure or "",
             f"{theirs / row.median:.2f}" if theirs and row.median else "",
-            gigabytes(row.peak_bytes),
+            gigabytes(row.peak_bytes) or row.failure or "",
             f"{row.loss:.4f}" if row.loss is not None else "",
         ]
 

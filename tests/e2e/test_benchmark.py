@@ -1,14 +1,18 @@
 """The benchmark measures what it says: equal work, wrong results seen, nothing lost on the way."""
 
+import inspect
 import json
+import weakref
 from dataclasses import asdict
+from functools import partial
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
 import torch
 from torch import nn
 
-from scripts.bench import growth, memory, training
+from scripts.bench import compare, growth, memory, processes, theirs, training
 from scripts.bench.charts import Curve, bars, curves
 from scripts.bench.compare import Row, relative_error, table, verdicts
 from scripts.bench.floor import count, operations_of
@@ -19,6 +23,7 @@ from scripts.bench.report import markdown, seconds, slug
 from scripts.bench.systems import make_system
 from scripts.bench.timing import alternate
 from scripts.benchmark import main
+from scripts.check_load import make_file
 from sgm.inference import SamplingOptions
 
 CPU = torch.device("cpu")
@@ -95,6 +100,43 @@ def test_training_loops_take_the_same_steps(files):
     assert [theirs() for _ in range(3)] == pytest.approx(losses, rel=ROUNDING)
     again = training.our_loop(files, case, CPU, False)
     assert [again() for _ in range(3)] == pytest.approx(losses, rel=ROUNDING)
+
+
+def test_the_reference_is_computed_as_everything_else_but_for_its_bits():
+    """Catches: cuDNN switched off, or its choices changed, where only TF32 is unwanted."""
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(enabled=True, benchmark=True, deterministic=True, allow_tf32=True):
+        with compare._full_float32():
+            assert (cudnn.enabled, cudnn.benchmark, cudnn.deterministic) == (True, True, True)
+            assert not cudnn.allow_tf32
+        assert cudnn.allow_tf32
+
+
+def test_diffusers_is_compiled_for_each_length(monkeypatch, files, engine):
+    """Catches: one graph with a symbolic length for the second case, slower than it has to be."""
+    compiled, sizes = torch.compile, []
+
+    def keep(graph, inputs):
+        sizes.extend(
+            size for each in inputs if isinstance(each, torch.Tensor) for size in each.shape
+        )
+        sizes.extend(each for each in inputs if not isinstance(each, torch.Tensor))
+        return graph.forward
+
+    def compile_without_code(module, mode, **options):
+        assert mode == "reduce-overhead"
+        return compiled(module, backend=keep, **options)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", compile_without_code)
+    network = nn.Conv2d(4, 4, 3)
+    monkeypatch.setattr(theirs, "build_diffusers", lambda *_: SimpleNamespace(unet=network))
+    system = theirs.Diffusers(files, engine, CPU, torch.float32, compiled=True)
+    for frames in (5, 3):
+        system.pipeline.unet(torch.zeros(frames, 4, 8, 8))
+    torch._dynamo.reset()
+    assert {type(size) for size in sizes} == {int}
+    assert {3, 5} <= set(sizes)
 
 
 # ---------------------------------------------------------------- floor
@@ -297,6 +339,90 @@ def test_what_another_process_is_told():
     assert Case(**json.loads(json.dumps(asdict(case)))) == Case(
         **asdict(case) | {"dtypes": ["float16"]}
     )
+
+
+def test_our_way_is_planned_for_its_own_video(monkeypatch, tmp_path):
+    """Catches: the longest video's memory plan in every row, a model's file taken for svd_xt's."""
+    path, seen = tmp_path / "model.safetensors", []
+
+    def load(files, options):
+        seen.append((files.spec.name, options))
+        return lambda _, options: seen.append(("video", options))
+
+    make_file("svd_tiny", path)
+    monkeypatch.setattr(memory, "VideoPipeline", SimpleNamespace(load=load))
+    case = Case(14, 320, 512, {}, ("float16",))
+    memory._our_way("memory auto", "svd_tiny", path, case)(3)
+    (model, loaded), (_, video) = seen
+    assert model == "svd_tiny"
+    assert (loaded.num_frames, loaded.height, loaded.width) == (14, 320, 512)
+    assert video == loaded.replace(num_steps=3)
+
+
+def test_another_process_is_told_the_model(monkeypatch, capsys, tmp_path):
+    """Catches: a figure of the command line that is read as another."""
+    case, seen = Case(14, 320, 512, {}, ("float16",)), []
+
+    def measure(system, model, path, case, limit):
+        seen.append((system, model, path, case.frames, limit))
+        return memory.Run(system, case.frames, limit, video_s=1.0)
+
+    def in_this_process(module, *arguments):
+        assert module == "scripts.bench.memory"
+        monkeypatch.setattr("sys.argv", [module, *arguments])
+        assert memory.main() == 0
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(memory, "measure", measure)
+    monkeypatch.setattr(memory, "last_line", in_this_process)
+    run = memory._in_process("memory auto", "svd_tiny", tmp_path, case, 10**10)
+    assert run == memory.Run("memory auto", 14, 10**10, video_s=1.0)
+    assert seen == [("memory auto", "svd_tiny", tmp_path, 14, 10**10)]
+
+
+def test_a_process_that_fails_says_why():
+    """Catches: CalledProcessError, and a traceback instead of its last line."""
+    assert processes.last_line("platform").startswith(("Linux", "macOS", "Windows"))
+    with pytest.raises(RuntimeError, match=r"^[^\n]*No module named scripts.no_such$"):
+        processes.last_line("scripts.no_such")
+
+
+def test_peaks_are_measured_on_an_empty_device(monkeypatch, capsys, tmp_path):
+    """Catches: weights and moments of both loops that stay while a third is measured; a loop out
+    of memory that ends the whole run."""
+    alive, emptied = [], []
+
+    def empty_cache():
+        emptied.append(not [each for each in alive if each() is not None])
+
+    def watched(make, *given):
+        step = make(*given)
+        step.itself = step  # only the garbage collector finds such a circle
+        alive.extend(map(weakref.ref, inspect.getclosurevars(step).nonlocals["parameters"]))
+        return step
+
+    def last_line(module, job):
+        assert module == "scripts.bench.training"
+        assert alive
+        assert emptied[-1]
+        if json.loads(job)["system"] == DIFFUSERS:
+            raise RuntimeError("torch.OutOfMemoryError: CUDA out of memory.")
+        return "1000000000"
+
+    loops = {name: partial(watched, make) for name, make in training.LOOPS.items()}
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    monkeypatch.setattr(training, "LOOPS", loops)
+    monkeypatch.setattr(training, "last_line", last_line)
+    asked = ["--preset", "training", "--small", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(asked) == 1  # nothing to compare with
+    found, _ = figures(tmp_path, "training")
+    assert len(found["training"]) == 4
+    for each in found["training"]:
+        assert each["median"] > 0
+        fails = each["system"] == DIFFUSERS
+        assert each["peak_bytes"] == (None if fails else 10**9)
+        assert bool(each["failure"]) == fails
+    assert capsys.readouterr().out.count("| torch.OutOfMemoryError: CUDA out of memory. |") == 2
 
 
 @pytest.mark.gpu
