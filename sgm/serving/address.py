@@ -14,7 +14,7 @@ from sgm.serving.limits import public_options
 
 LONGEST_COMPLAINT = 300  # characters; an address can hold far more
 
-_OPTIONS = {each.name: each for each in public_options() if each.metadata["kind"] != "device"}
+_OPTIONS = {each.name: each for each in public_options()}
 
 
 def to_query(version: str, options: SamplingOptions) -> dict[str, str]:

@@ -7,6 +7,7 @@ products does. Memory is counted by :mod:`sgm.inference.needs`.
 
 import json
 import logging
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -139,9 +140,9 @@ class Costs:
             "counted": work.needs.peak(plan),
         }
         with self._lock:
-            self._runs = [*self._runs, run][-NOTED:]
+            self._runs = [*self._read(), run][-NOTED:]  # another process may have noted some
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = self._path.with_suffix(".part")
+            unfinished = self._path.with_suffix(f".{os.getpid()}.part")
             unfinished.write_text("".join(json.dumps(each) + "\n" for each in self._runs))
             unfinished.replace(self._path)
 
@@ -173,7 +174,11 @@ class Costs:
 
     @cached_property
     def _runs(self) -> list[Noted]:
-        """The runs that are noted, oldest first; lines that are none are passed over."""
+        """The runs that were noted when this process last looked, oldest first."""
+        return self._read()
+
+    def _read(self) -> list[Noted]:
+        """The runs in the file, oldest first; lines that are none are passed over."""
         found = []
         lines = self._path.read_text(errors="replace").splitlines() if self._path.is_file() else []
         for line in lines:

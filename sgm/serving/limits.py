@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 OUTPUT_FOLDER = Path("outputs") / "demo"
 # Options that name files of this machine, which no page may offer or tell.
 PATH_OPTIONS = [each.name for each in option_fields() if each.metadata["kind"] in ("files", "path")]
+# Those, and the ones that name devices of it, which no page may offer either.
+HOST_OPTIONS = [
+    *PATH_OPTIONS,
+    *(each.name for each in option_fields() if each.metadata["kind"] == "device"),
+]
 
 
 def _limit(default: Any, help: str, least: float | None = None) -> Any:
@@ -110,17 +115,17 @@ class Limits:
                 raise ValueError(f"{name} must be at most {limit} here, got {shown or value}")
 
     def offered(self, group: str) -> list[Option]:
-        """The options of a group that visitors may set: none with paths, none decided here."""
+        """The options of a group that visitors may set: none of the host's, none decided here."""
         decided = {"watermark"} if self.watermark is not None else set()
         return [option for option in public_options(group) if option.name not in decided]
 
     def enforce(self, options: SamplingOptions) -> SamplingOptions:
-        """The options with what the operator decides; no visitor names a file of this machine.
+        """The options with what the operator decides; no visitor names the host's files or device.
 
         Raises:
-            ValueError: an option that holds paths is set.
+            ValueError: one of `HOST_OPTIONS` is set.
         """
-        for name in PATH_OPTIONS:
+        for name in HOST_OPTIONS:
             if getattr(options, name) is not None:
                 raise ValueError(f"{name} is for the operator to set, not for visitors")
         forced = {"watermark": self.watermark, "safety_filter": self.safety_filter}
@@ -128,10 +133,10 @@ class Limits:
 
 
 def public_options(group: str | None = None) -> list[Option]:
-    """The options of front ends that visitors may see and set, in order: those without paths."""
+    """The options of front ends that visitors may see and set, in order: none of `HOST_OPTIONS`."""
     groups = GROUPS if group is None else [group]
     options = (option for each in groups for option in option_fields(each))
-    return [option for option in options if option.name not in PATH_OPTIONS]
+    return [option for option in options if option.name not in HOST_OPTIONS]
 
 
 def _values(content: Any) -> dict[str, Any]:

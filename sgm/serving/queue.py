@@ -11,6 +11,8 @@ from logging import DEBUG, ERROR
 from threading import Condition, Thread
 from typing import TYPE_CHECKING, Any, Literal
 
+from sgm.errors import let_go
+
 if TYPE_CHECKING:
     from sgm.serving.reporting import RunProgress
 
@@ -147,17 +149,6 @@ class Queue:
             self._changed.notify_all()
             return ticket
 
-    def __len__(self) -> int:
-        """How many orders wait."""
-        with self._changed:
-            self._sweep()
-            return self._count()
-
-    @property
-    def running(self) -> Ticket | None:
-        """The order that is being done."""
-        return self._running
-
     def close(self) -> None:
         """Call everything off and end the thread, once the running work has stopped."""
         with self._changed:
@@ -257,7 +248,8 @@ class Queue:
                 state = "cancelled" if ticket.cancelled else "failed"
                 told = state == "cancelled" or isinstance(error, _EXPECTED)
                 logger.log(DEBUG if told else ERROR, "an order ended early", exc_info=True)
-                ticket.error = None if ticket.cancelled else _without_frames(error)
+                let_go(error)
+                ticket.error = None if state == "cancelled" else error
             with self._changed:
                 self._running = None
                 self._finish(ticket, state)
@@ -278,15 +270,6 @@ class Queue:
                 self._waiting[visitor] = tickets  # at the end: the others' turns come first
             ticket._state, self._running = "running", ticket
             return ticket
-
-
-def _without_frames(error: BaseException) -> BaseException:
-    """The error, no longer holding on to the variables of the functions that it came through."""
-    each: BaseException | None = error
-    while each is not None:
-        each.__traceback__ = None
-        each = each.__cause__ or each.__context__
-    return error
 
 
 def _nothing(_ticket: Ticket) -> None:

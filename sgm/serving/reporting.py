@@ -79,14 +79,14 @@ class Reporter:
         self._shown = shown
         self._clock, self._last = clock, clock()
         self._stages = StageClock(clock)
-        self._video = 0
+        self._ended = 0
         self._map: LatentPreview | None = None
         self._preview: Frames | None = None
 
     def __call__(self, progress: Progress) -> bool:
         """Take in a report; False where the run is to stop."""
         if progress.stage == "encoding" and progress.step == 0:
-            self._begin_video()
+            self._begin()
         self._measure(progress.stage)
         self._look(progress)
         left = self._stages.seconds_left(progress)
@@ -94,7 +94,7 @@ class Reporter:
             self._stages.describe(progress),
             self._fraction(progress),
             None if left is None else left + self._later(progress.stage),
-            max(1, self._video),
+            self._ended + 1,
             self._videos,
             self._preview,
         )
@@ -103,11 +103,12 @@ class Reporter:
     def end_video(self) -> None:
         """Say that a video is written."""
         self._measure("writing")
+        self._ended += 1
 
-    def _begin_video(self) -> None:
+    def _begin(self) -> None:
+        """Begin a video, or begin it again under another memory plan."""
         self.seconds = dict.fromkeys(STAGES, 0.0)
         self._last = self._clock()
-        self._video += 1
         self._preview = self._map = None
 
     def _measure(self, stage: str) -> None:

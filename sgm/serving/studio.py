@@ -89,6 +89,7 @@ class Studio:
         self._opening = Lock()  # a picture may take a gigabyte while it is decoded
         self._model: _Loaded | None = None
         self._files: dict[str, tuple[object, ModelFiles]] = {}
+        _tidy()
 
     @property
     def loaded(self) -> str | None:
@@ -216,6 +217,7 @@ class Studio:
             try:
                 pictures = [self._gallery.store(ticket.visitor, data) for data in order.pictures]
                 job = plan_job(self._request(order, pictures, ticket.visitor))
+                self._refuse_too_large(job)
                 try:
                     return self._make(job, ticket)
                 except MemoryError:
@@ -234,6 +236,19 @@ class Studio:
             output_folder=str(self._gallery.visitor_folder(visitor)),
         )
 
+    def _refuse_too_large(self, job: Job) -> None:
+        """Refuse what the host lacks memory for: the system ends programs that run out.
+
+        Raises:
+            MemoryError: with the settings that would fit.
+        """
+        if _has_own_memory(job.settings):
+            return
+        held = self._held(job.settings)
+        cost = self._costs.estimate(job.files, job.settings, held)
+        if cost.bytes > USABLE * cost.free_bytes:
+            raise MemoryError(self._costs.advice(job.files, job.settings, held))
+
     def _make(self, job: Job, ticket: Ticket) -> list[Run]:
         """Make the videos one by one, until one fails.
 
@@ -241,8 +256,6 @@ class Studio:
             MemoryError: the device is too small.
         """
         cost = self._costs.estimate(job.files, job.settings, self._held(job.settings))
-        if not _has_own_memory(job.settings) and cost.bytes > USABLE * cost.free_bytes:
-            raise MemoryError  # before it begins: the system ends programs that run out
         videos = len(job.inputs) * job.settings.options.videos_per_image
         unfiltered = job.settings.options.safety_filter is None
         reporter = Reporter(ticket, videos, cost.stages, shown=unfiltered)
@@ -270,6 +283,7 @@ class Studio:
             pipeline = VideoPipeline.load(job.files, options, reporter)
             held = self._costs.weight_bytes(job.files, job.settings)
             self._model = _Loaded(key, pipeline, held)
+            _tidy()
         if _has_own_memory(job.settings):
             torch.cuda.reset_peak_memory_stats(self._model.pipeline.device)
         return self._model.pipeline
@@ -293,9 +307,20 @@ class Studio:
 
     def _release(self) -> None:
         self._model = None
-        gc.collect()
+        _tidy()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
+
+
+def _tidy() -> None:
+    """Collect all garbage; then spare the collector what stays, such as PyTorch's objects.
+
+    Streamlit collects garbage after each look at a run, twice a second for each visitor. Going
+    through all objects stops every thread for a seventh of a second, the run's own among them.
+    """
+    gc.unfreeze()  # else the cycles of what was spared before, such as a model's, would stay
+    gc.collect()
+    gc.freeze()
 
 
 def _has_own_memory(settings: Settings) -> bool:

@@ -249,12 +249,12 @@ def api(client):
     return client.view_api(return_format="dict", print_info=False)["named_endpoints"]
 
 
-def test_every_option_is_a_parameter_but_paths(client):
-    """Catches: an option that the page forgets, one that names files of the host."""
+def test_every_option_is_a_parameter_but_the_hosts(client):
+    """Catches: an option that the page forgets, one that names files or devices of the host."""
     names = {each["parameter_name"] for each in api(client)["/generate"]["parameters"]}
     options = [option for group in GROUPS for option in option_fields(group)]
     kinds = {option.name: option.metadata["kind"] for option in options}
-    allowed = {name for name, kind in kinds.items() if kind not in ("files", "path")}
+    allowed = {name for name, kind in kinds.items() if kind not in ("files", "path", "device")}
     assert names == {"version", "pictures", *allowed}
     assert api(client).keys() == {"/generate", "/cancel"}
 

@@ -1,6 +1,7 @@
 """Estimates: from counts, from earlier runs, and what to change where memory is short."""
 
 import json
+import os
 import re
 from collections import OrderedDict
 from dataclasses import replace
@@ -137,6 +138,34 @@ def test_the_file_of_runs_is_bounded(costs, files, monkeypatch):
         costs.note(files, settings(files), HIGH, seconds(sampling), None)
     noted = [json.loads(line) for line in costs._path.read_text().splitlines()]
     assert [run["seconds"]["sampling"] for run in noted] == [2.0, 3.0, 4.0]
+
+
+def test_two_processes_note_in_one_file(costs, files, monkeypatch):
+    # Catches: a process that writes its own list over the other's runs, or takes away the file
+    # that the other is about to put in place.
+    other = Costs(costs._path)
+    other._counted = costs._counted
+    asked, own = settings(files), os.getpid()
+
+    def note(page, sampling):
+        page.note(files, asked, HIGH, seconds(sampling), None)
+
+    def interrupted(path, target):
+        monkeypatch.setattr(Path, "replace", replace_file)
+        monkeypatch.setattr(os, "getpid", lambda: own + 1)
+        note(other, 3.0)
+        monkeypatch.undo()
+        return path.replace(target)
+
+    replace_file = Path.replace
+    assert not other.estimate(files, asked).measured
+    for page, sampling in ((costs, 1.0), (other, 2.0)):
+        note(page, sampling)
+    noted = [json.loads(line) for line in costs._path.read_text().splitlines()]
+    assert [run["seconds"]["sampling"] for run in noted] == [1.0, 2.0]
+    monkeypatch.setattr(Path, "replace", interrupted)
+    note(costs, 4.0)
+    assert [path.name for path in costs._path.parent.iterdir()] == [costs._path.name]
 
 
 def test_what_is_advised_fits_and_a_little_more_does_not(costs, files, monkeypatch):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sgm.inference.options import SamplingOptions
+from sgm.inference.options import GROUPS, SamplingOptions
 from sgm.inference.settings import find_model, resolve
 from sgm.serving.limits import Limits
 
@@ -97,8 +97,13 @@ def test_a_limit_also_holds_for_the_models_own_values():
         Limits(max_frames=10).check(settings())
 
 
-@pytest.mark.parametrize("option", [{"lora": "/etc/passwd"}, {"safety_filter": "/home"}])
-def test_visitors_name_no_files(option):
+@pytest.mark.parametrize(
+    "option", [{"lora": "/etc/passwd"}, {"safety_filter": "/home"}, {"device": "cpu"}]
+)
+def test_visitors_name_no_files_and_no_device(option):
+    # Catches: an option that is refused, and offered all the same.
+    offered = [each.name for group in GROUPS for each in Limits().offered(group)]
+    assert not option.keys() & set(offered)
     with pytest.raises(ValueError, match="is for the operator to set, not for visitors"):
         Limits().enforce(SamplingOptions(**option))
 

@@ -1,11 +1,14 @@
 """The queue of a shared page: fairness, positions, calling off, abandoned orders."""
 
+import logging
 import random
 import subprocess
 import sys
 import threading
 import time
+import weakref
 
+import numpy
 import pytest
 
 from sgm.serving.queue import Cancelled, Queue
@@ -55,13 +58,11 @@ def until_cancelled(ticket):
 def test_visitors_take_turns_and_each_is_served_in_order(queue, gate):
     # Catches: first come first served, under which c would wait for all of a's orders.
     served = []
-    for name in ("a1", "a2", "a3", "b1", "a4", "c1", "b2"):
-        last = queue.submit(name[0], lambda _, name=name: served.append(name))
-    tickets = len(queue)
+    names = ("a1", "a2", "a3", "b1", "a4", "c1", "b2")
+    tickets = [queue.submit(name[0], lambda _, name=name: served.append(name)) for name in names]
+    assert {ticket.state for ticket in tickets} == {"waiting"}
     gate.set()
-    assert last.wait(10)
-    assert tickets == 7
-    until(lambda: not len(queue) and not queue.running)
+    assert all(ticket.wait(10) for ticket in tickets)
     assert served == ["a1", "b1", "c1", "a2", "b2", "a3", "a4"]
 
 
@@ -74,13 +75,12 @@ def test_who_was_just_served_goes_to_the_end_of_the_circle(queue, gate):
 
     def come_back(ticket):
         served.append("a1")
-        queue.submit("a", serve("a2"))
+        return queue.submit("a", serve("a2"))
 
-    queue.submit("a", come_back)
-    queue.submit("b", serve("b1"))
+    first = queue.submit("a", come_back)
+    others = [queue.submit(name, serve(f"{name}1")) for name in "bc"]
     gate.set()
-    queue.submit("c", serve("c1")).wait(10)
-    until(lambda: not len(queue) and not queue.running)
+    assert all(ticket.wait(10) for ticket in (*others, first.result()))
     assert served.index("b1") < served.index("a2")
 
 
@@ -138,18 +138,38 @@ def test_errors_reach_who_asked_and_no_one_else(queue):
         failed.result()
 
 
+def test_a_cancel_while_an_error_is_logged_does_not_hide_it(queue, monkeypatch):
+    # Catches: an order that failed without an error, whose result is None.
+    def fail(ticket):
+        logger = logging.getLogger("sgm.serving.queue")
+        monkeypatch.setattr(logger, "log", lambda *_, **__: ticket.cancel())
+        raise RuntimeError("broken")
+
+    failed = queue.submit("a", fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        failed.result()
+    assert failed.state == "failed"
+
+
 def test_an_error_holds_on_to_nothing_of_the_run(queue):
     # Catches: the tensors of a failed run in memory for as long as a page keeps its ticket.
+    held = []
+
+    def inner():
+        tensor = numpy.zeros(3)
+        held.append(weakref.ref(tensor))
+        raise ValueError("inner")
+
     def fail(ticket):
         try:
-            raise ValueError("inner")
+            inner()
         except ValueError as error:
             raise RuntimeError("outer") from error
 
     ticket = queue.submit("a", fail)
     ticket.wait(10)
-    assert ticket.error.__traceback__ is None
-    assert ticket.error.__cause__.__traceback__ is None
+    assert str(ticket.error.__cause__) == "inner"
+    assert held[0]() is None
 
 
 def test_orders_of_closed_pages_are_called_off(queue, gate, clock):

@@ -59,6 +59,17 @@ def test_share_and_remaining_time_count_all_stages(ticket, clock):
     assert {each.picture for each in run(reporter, clock)} == {2}
 
 
+def test_a_video_that_is_begun_again_is_the_same_video(ticket, clock):
+    # Catches: "Video 3 of 2" after a smaller memory plan, the failed try's seconds in the noted.
+    reporter = Reporter(ticket, 2, EXPECTED, clock=clock)
+    for number in (1, 2):
+        reporter(Progress("encoding", 0, 1))
+        clock.now += 50
+        reporter(Progress("encoding", 1, 1))
+        assert {each.picture for each in run(reporter, clock)} == {number}
+        assert reporter.seconds["encoding"] == pytest.approx(2)
+
+
 def test_seconds_of_stages_are_those_of_the_last_video(ticket, clock):
     # Catches: the time of loading or of an earlier video in what estimates are made of.
     reporter = Reporter(ticket, 2, EXPECTED, clock=clock)

@@ -53,7 +53,7 @@ def show_page(studio: Studio) -> None:
         button, cost, trouble, tickets, result = (st.container() for _ in range(5))
     with button:
         _run_button(studio, wish)
-    running.collect(studio)
+    running.collect()
     runs = studio.runs(visitor())
     with cost:
         if wish:

@@ -88,7 +88,7 @@ def summary(run: Run) -> str:
 
 
 def described(run: Run) -> dict[str, str]:
-    """Every setting of a run that is not a matter of this machine's files."""
+    """Every setting of a run that is not a matter of this machine's files and devices."""
     options = run.record["options"]
     names = [each.name for each in public_options() if options.get(each.name) is not None]
     made = {"model": run.record["version"]} | {name: _text(options[name]) for name in names}

@@ -13,7 +13,7 @@ import streamlit as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from scripts.demo.page.session import TROUBLE, keep, keep_lasting_objects, visitor
+from scripts.demo.page.session import TROUBLE, keep, visitor
 from sgm.errors import one_line
 from sgm.serving.queue import Cancelled, Ticket
 from sgm.serving.reporting import in_words
@@ -58,9 +58,8 @@ def _look() -> None:
         _show_ticket(ticket, number)
 
 
-def collect(studio: Studio) -> None:
+def collect() -> None:
     """Take the results of finished tickets; before anything shows results."""
-    keep_lasting_objects(studio.loaded)
     tickets: list[Ticket] = keep("tickets", [])
     for ticket in [each for each in tickets if each.finished]:
         tickets.remove(ticket)

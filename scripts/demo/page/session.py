@@ -1,6 +1,5 @@
 """What the page keeps: one studio for all, and for each visitor a name and what they chose."""
 
-import gc
 import secrets
 import time
 from collections.abc import Iterator
@@ -25,23 +24,7 @@ def open_studio(settings: Path | None) -> Studio:
     Raises:
         ValueError: the operator's settings file is wrong.
     """
-    studio = Studio(Limits.read(settings))
-    keep_lasting_objects(None)
-    return studio
-
-
-@st.cache_resource(show_spinner=False)
-def keep_lasting_objects(loaded: str | None) -> None:  # noqa: ARG001 - once for each
-    """Spare the garbage collector what will stay, such as PyTorch's objects and a model's.
-
-    Streamlit collects garbage after each look at a run, twice a second for each visitor. Going
-    through all objects stops every thread for a seventh of a second, the run's own among them.
-
-    Args:
-        loaded: the model that is in memory.
-    """
-    gc.collect()
-    gc.freeze()
+    return Studio(Limits.read(settings))
 
 
 def visitor() -> str:
