@@ -12,6 +12,7 @@ a kill, with the same loss curve.
 import argparse
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -60,6 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     level = logging.INFO if first else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    from sgm.training.signals import Stopped
+
     try:
         from sgm.training.recipe import load_recipe
 
@@ -68,6 +71,12 @@ def main(argv: list[str] | None = None) -> int:
         from sgm.training.run import train  # imports torch and Lightning, which takes seconds
 
         weights = train(recipe, args.logdir, args.resume)
+    except Stopped as stopped:
+        print(f"{stopped}: --resume goes on from there", file=sys.stderr)
+        return 128 + stopped.number
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
     except ModuleNotFoundError as exc:
         if exc.name != "pytorch_lightning":
             raise

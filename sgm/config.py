@@ -58,12 +58,21 @@ def check_arguments(function: Callable[..., Any], given: Mapping[str, Any], path
 
 
 def build(config: Mapping[str, Any], path: str) -> Any:
+    """Build the object that ``config`` describes, as `instantiate_from_config`, of checked types.
+
+    Raises:
+        ValueError: names the place of a value of a wrong type, or ``path`` as `construct` does.
+    """
+    check_types(config, path)
+    return construct(config, path)
+
+
+def construct(config: Mapping[str, Any], path: str) -> Any:
     """Build the object that ``config`` describes, as `instantiate_from_config`.
 
     Raises:
         ValueError: names ``path`` where a constructor refuses what it is given.
     """
-    check_types(config, path)
     try:
         return instantiate_from_config(config)
     except _REFUSALS as exc:

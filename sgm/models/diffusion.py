@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm.checkpoint import load_checkpoint
+from sgm.config import construct
 from sgm.models.autoencoder import AutoencodingEngine
 from sgm.modules.autoencoding.temporal_ae import VideoDecoder
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
@@ -93,7 +94,7 @@ class DiffusionEngine(nn.Module):
         """
         params = (config.get("params") or {}) | {"ckpt_path": None}
         with torch.device("meta"):
-            engine = instantiate_from_config({**config, "params": params})
+            engine = construct({**config, "params": params}, "model")
         if not isinstance(engine, DiffusionEngine):
             raise ValueError(f"expected a DiffusionEngine in the YAML, got {config['target']}")
         return engine

@@ -1,12 +1,15 @@
-"""Lightning callbacks: when the state is written, and the log."""
+"""Lightning callbacks: when the state is written, the log, and the end of a run before its time."""
 
+import signal
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 
 from sgm.training.log import JsonLines
+from sgm.training.signals import Stopped, stop_signals
 
 
 class LastCheckpoint(pl.Callback):
@@ -39,6 +42,54 @@ class LastCheckpoint(pl.Callback):
     def _save(self, trainer: pl.Trainer) -> None:
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
         trainer.save_checkpoint(self.path, weights_only=False)
+
+
+class StopOnSignal(pl.Callback):
+    """Ends the run after the step in work once any of its processes got SIGTERM or SIGINT.
+
+    Lightning itself ends at once, with nothing saved.
+    """
+
+    def __init__(self) -> None:
+        self._step = 0
+        self._stopped: Stopped | None = None
+        self._received: list[int] = []
+        self._listening = ExitStack()
+
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Listen, in the place of Lightning."""
+        self._step = trainer.global_step
+        self._received = self._listening.enter_context(stop_signals())
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Stop after an optimiser step, all processes after the same."""
+        step, before = trainer.global_step, self._step
+        self._step = step
+        if step == before:
+            return
+        told = bool(self._received)
+        anyone = trainer.strategy.reduce_boolean_decision(told, all=False)
+        if anyone and step < trainer.max_steps:
+            number = self._received[0] if told else signal.SIGTERM
+            self._stopped = Stopped(number, step)
+            trainer.should_stop = True
+
+    def require_the_end(self) -> None:
+        """Make sure that the run was not stopped.
+
+        Raises:
+            Stopped: it was.
+        """
+        if self._stopped:
+            raise self._stopped
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        """Listen no more."""
+        self._listening.close()
+
+    def on_exception(self, *_: Any) -> None:
+        """As after the end."""
+        self._listening.close()
 
 
 class JsonLog(pl.Callback):

@@ -5,10 +5,8 @@ and ``log.jsonl`` (a line per logged step). What a kill loses is computed again 
 """
 
 import math
-import signal
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,8 @@ from sgm.training import snapshot
 from sgm.training.draws import StepBatches, clip_generators
 from sgm.training.log import JsonLines, named_clips
 from sgm.training.optim import ADVICE, Optim, set_rate
+from sgm.training.signals import outlive_signals, stop_signals
 from sgm.training.tasks import Task, select_trainable
-
-_STOP = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclass(frozen=True)
@@ -167,7 +164,7 @@ class Run:
         before = self.seconds
         feed = iter(batches)
         log_file = self.folder / "log.jsonl", self.step, plan.log_every
-        with _stop_signals() as stopped, JsonLines(*log_file) as log:
+        with stop_signals() as stopped, JsonLines(*log_file) as log:
             while (progress := plan.progress(self.step, self.seconds)) < 1.0 and not stopped:
                 values = self.advance(next(feed), progress)
                 now = time.monotonic()
@@ -199,24 +196,6 @@ def batches(
     sampler = StepBatches(len(dataset), batch_size, seed, step, groups=groups)  # type: ignore[arg-type]
     return iter(
         DataLoader(
-            dataset, batch_sampler=sampler, num_workers=workers, worker_init_fn=_outlive_signals
+            dataset, batch_sampler=sampler, num_workers=workers, worker_init_fn=outlive_signals
         )
     )
-
-
-def _outlive_signals(_worker: int) -> None:
-    """Let a loading process go on when its whole group is told to stop: the last step needs it."""
-    for number in _STOP:
-        signal.signal(number, signal.SIG_IGN)
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that is not empty once SIGTERM or SIGINT came; the step in work is still finished."""
-    received: list[int] = []
-    kept = [signal.signal(n, lambda number, _: received.append(number)) for n in _STOP]
-    try:
-        yield received
-    finally:
-        for number, handler in zip(_STOP, kept, strict=True):
-            signal.signal(number, handler)

@@ -15,6 +15,7 @@ from sgm.modules.ema import Ema
 from sgm.training.draws import StepBatches, clip_generators
 from sgm.training.log import named_clips
 from sgm.training.optim import ADVICE, Optim, set_rate
+from sgm.training.signals import outlive_signals
 from sgm.training.strategies import shard
 from sgm.training.tasks import Task, select_trainable
 
@@ -155,4 +156,9 @@ class StepData(pl.LightningDataModule):
             world=trainer.world_size,
             groups=getattr(self.dataset, "groups", None),
         )
-        return DataLoader(self.dataset, batch_sampler=sampler, num_workers=self.workers)
+        return DataLoader(
+            self.dataset,
+            batch_sampler=sampler,
+            num_workers=self.workers,
+            worker_init_fn=outlive_signals,
+        )

@@ -18,7 +18,7 @@ from sgm.device import memory_errors
 from sgm.errors import one_line
 from sgm.training import snapshot
 from sgm.training.assemble import OTHER_SEED, measure_latents, start_from_first_stage
-from sgm.training.callbacks import JsonLog, LastCheckpoint
+from sgm.training.callbacks import JsonLog, LastCheckpoint, StopOnSignal
 from sgm.training.decoder_task import AdversarialModule, AdversarialTask
 from sgm.training.export import export
 from sgm.training.loop import batches
@@ -73,6 +73,7 @@ def train(recipe: DictConfig, folder: Path, resume: bool) -> Path:
     Raises:
         ValueError: something in the recipe is wrong or missing, or the folder has a run and
             ``resume`` is false.
+        Stopped: SIGTERM or SIGINT came; the state after the last step is saved.
     """
     last = folder / "last.ckpt"
     if last.exists() and not resume:
@@ -91,13 +92,15 @@ def train(recipe: DictConfig, folder: Path, resume: bool) -> Path:
     with warnings.catch_warnings():
         for message in _EXPECTED:
             warnings.filterwarnings("ignore", message)
-        trainer = _trainer(lightning, folder)
+        stop = StopOnSignal()
+        trainer = _trainer(lightning, folder, stop)
         if last.is_file():  # DeepSpeed's are folders
             _require_state_of(module, last)
         if trainer.is_global_zero:
             _announce_memory(module, data, trainer)
         with memory_errors(SMALLER):
             trainer.fit(module, data, ckpt_path=last if last.exists() else None)
+    stop.require_the_end()
     weights = folder / ("lora.safetensors" if settings.lora else "weights.safetensors")
     notes = {"steps": str(module.ema.updates)} | _measure(module, data)
     if trainer.is_global_zero and last.is_file():
@@ -179,8 +182,9 @@ def _trains_encoder(engine: Any) -> bool:
     return any(p.requires_grad for p in stage.encoder.parameters())
 
 
-def _trainer(lightning: Lightning, folder: Path) -> pl.Trainer:
+def _trainer(lightning: Lightning, folder: Path, stop: StopOnSignal) -> pl.Trainer:
     callbacks = [
+        stop,
         JsonLog(folder, lightning.log.every),
         *(build(c, f"lightning.callbacks.{name}") for name, c in lightning.callbacks.items()),
         # The last: what belongs to a step has been done when its state is saved.

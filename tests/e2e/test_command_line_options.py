@@ -171,6 +171,20 @@ def test_options_of_another_device_are_refused(pipeline, monkeypatch, own, asked
             pipeline.settings(picture(), QUICK.replace(device=asked))
 
 
+@pytest.mark.parametrize(
+    ("change", "value", "message"),
+    [
+        ("sampler_config.params.foo", 1, "BaseDiffusionSampler.* unexpected keyword .*'foo'"),
+        ("sampler_config.params.discretization_config.params.rho", 0, "rho other than 0"),
+        ("network_config.params.channel_mult", [], "model: .* cannot be built"),
+    ],
+)
+def test_mistakes_in_a_yaml_are_named(load, change, value, message):
+    """Caught: errors of other types than the front ends tell, from deep inside of constructors."""
+    with pytest.raises(ValueError, match=message):
+        load(**{change: value})
+
+
 def test_a_seed_means_the_same_beside_others(pipeline):
     _, second = pipeline(picture(), QUICK.replace(videos_per_image=2, seed=30))
     assert np.array_equal(second.frames, pipeline(picture(), QUICK.replace(seed=31)).frames)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 import time
 
 import pytest
@@ -190,6 +191,27 @@ def test_a_run_killed_five_times_goes_on(tmp_path):
     assert curve(killed) == curve(whole)
     states = [snapshot.load(folder / "last.ckpt")["ema"] for folder in (killed, whole)]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.mark.parametrize(
+    ("count", "number"), [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM)]
+)
+def test_a_run_told_to_stop_saves_the_step_in_work(recipe, alone, tmp_path, count, number):
+    """Catches success reported to a scheduler, steps that are lost, and a process that waits for
+    one that was told alone."""
+    where = f"{{target: tests.runs.SignalAt, params: {{step: 2, number: {number.value}}}}}"
+    base = ["--base", recipe, "--logdir", str(tmp_path), "lightning.save.steps=100"]
+    if count == 2:
+        base[2:2] = [str(FRAGMENTS / "ddp.yaml")]
+        base += TWO
+    told = [*base, f"+lightning.callbacks.told={where}"]
+    assert run(count, told, tmp_path / "out") == [128 + number] * count
+    error = (tmp_path / "out" / "0.err").read_text().splitlines()[-1]
+    assert error == f"stopped by {number.name} after step 3: --resume goes on from there"
+    assert snapshot.load(tmp_path / "last.ckpt")["global_step"] == 3
+    assert run(count, [*base, "--resume"], tmp_path / "out") == [0] * count
+    for line, other in zip(curve(alone), curve(tmp_path), strict=True):
+        assert other == pytest.approx(line, rel=TOLERANCE)
 
 
 def test_a_full_disk_keeps_the_state_before(tmp_path):

@@ -53,6 +53,8 @@ class EDMDiscretization(Discretization):
                 f"expected 0 < sigma_min <= sigma_max, got sigma_min={sigma_min} and "
                 f"sigma_max={sigma_max}"
             )
+        if rho == 0:
+            raise ValueError("expected rho other than 0: it is a root's degree")
         self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
 
     def get_sigmas(self, n: int) -> torch.Tensor:
