@@ -43,8 +43,8 @@ class Clips(Dataset[dict[str, Tensor]]):
         meta: of the collections, by their folders.
 
     Raises:
-        ValueError: there is no such collection, they have no such clips, or no latents and these
-            are asked for.
+        ValueError: no folder is given, there is no such collection, they have no such clips, or no
+            latents and these are asked for.
     """
 
     def __init__(
@@ -56,6 +56,8 @@ class Clips(Dataset[dict[str, Tensor]]):
         if split not in ("train", "heldout", None):
             raise ValueError(f"split: expected train or heldout, got {split!r}")
         roots = [Path(each) for each in ([root] if isinstance(root, str | Path) else root)]
+        if not roots:
+            raise ValueError("root: expected a folder of prepared clips, or several, got none")
         items = [(folder, entry) for folder in roots for entry in read_index(folder)]
         kept = [item for item in items if split is None or item[1].heldout == (split == "heldout")]
         self.folders = [folder for folder, _ in kept]

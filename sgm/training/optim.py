@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sgm.training.recipe import require
+
 ADVICE = "lower training.optim.lr and continue from the last saved state"
 """What to do about a loss that is not finite."""
 
@@ -41,23 +43,28 @@ class Optim:
     kind: str = "adamw"
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.warmup < 0 or not 0 <= self.final <= 1 or self.clip < 0:
-            raise ValueError(
-                f"training.optim: expected lr > 0, warmup >= 0, final in [0, 1] and clip >= 0, "
-                f"got {self}"
-            )
-        if self.kind not in MOMENT_BYTES:
-            raise ValueError(
-                f"training.optim.kind: expected {' or '.join(MOMENT_BYTES)}, got {self.kind!r}"
-            )
+        require(
+            "training.optim",
+            self,
+            lr=(0 < self.lr < math.inf, "a number above 0"),
+            warmup=(self.warmup >= 0, "0 or more"),
+            final=(0 <= self.final <= 1, "0 to 1"),
+            weight_decay=(0 <= self.weight_decay < math.inf, "0 or more"),
+            betas=(all(0 <= beta < 1 for beta in self.betas), "two numbers, 0 to below 1"),
+            clip=(self.clip >= 0, "0 or more"),
+            ema=(0 <= self.ema < 1, "0 to below 1"),
+            kind=(self.kind in MOMENT_BYTES, " or ".join(MOMENT_BYTES)),
+        )
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """Make the optimiser, in its fused form: one pass over the memory.
 
         Raises:
-            ValueError: the package that it comes from is missing.
+            ValueError: there are no parameters, or the package that it comes from is missing.
         """
         params = list(parameters)
+        if not params:
+            raise ValueError("training.task.params.trainable: expected names of weights, got none")
         groups = [
             {"params": [p for p in params if p.ndim > 1], "weight_decay": self.weight_decay},
             {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},

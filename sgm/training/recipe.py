@@ -34,7 +34,8 @@ def load_recipe(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> D
         overrides: ``section.key=value`` strings; those of a new key begin with ``+``.
 
     Raises:
-        ValueError: a file is missing or not YAML, or an override has no ``=`` or an unknown key.
+        ValueError: a file is missing, not YAML or includes itself, or an override has no ``=`` or
+            an unknown key.
     """
     bad = [o for o in overrides if "=" not in o or o.startswith(("-", "="))]
     if bad:
@@ -50,20 +51,22 @@ def section(recipe: DictConfig, name: str) -> dict[str, Any]:
     """Return one section as plain dictionaries and lists.
 
     Raises:
-        ValueError: the recipe has no such section, an interpolation in it leads nowhere, or a
-            parameter of an object in it has a wrong type.
+        ValueError: the recipe has no such section, it is no mapping, an interpolation in it leads
+            nowhere, or a parameter of an object in it has a wrong type.
     """
     try:
         node = OmegaConf.select(recipe, name)
-        plain = OmegaConf.to_container(node, resolve=True) if node is not None else None
+        plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     except InterpolationToMissingValueError as exc:
         key = str(exc).splitlines()[0].rpartition(" ")[2]
         raise ValueError(f"{key}: expected a value, got none: give {key}=...") from exc
     except OmegaConfBaseException as exc:
         raise ValueError(f"section '{name}': {str(exc).splitlines()[0]}") from exc
-    if not isinstance(plain, dict):
+    if plain is None:
         present = ", ".join(map(str, recipe))
         raise ValueError(f"the recipe has no section '{name}'; it has {present}")
+    if not isinstance(plain, dict):
+        raise ValueError(f"section '{name}': expected names and values, got {plain!r}")
     check_types(plain, name)
     return cast(dict[str, Any], plain)
 
@@ -82,6 +85,22 @@ def typed(recipe: DictConfig, name: str, kind: type[T]) -> T:
         reason = "expected a value, got none" if missing else str(exc).splitlines()[0]
         key = f"{name}.{exc.full_key}" if exc.full_key else name
         raise ValueError(f"{key}: {reason}") from exc
+
+
+def require(name: str, made: object, **checks: tuple[bool, str]) -> None:
+    """Check the values of a section.
+
+    Args:
+        name: of the section, such as ``training.optim``.
+        made: the dataclass made of it.
+        checks: by key, whether its value is right, and what is expected.
+
+    Raises:
+        ValueError: names the first key with a wrong value.
+    """
+    for key, (right, expected) in checks.items():
+        if not right:
+            raise ValueError(f"{name}.{key}: expected {expected}, got {getattr(made, key)!r}")
 
 
 def engine_section(recipe: DictConfig) -> str:
@@ -115,17 +134,21 @@ def _has(recipe: DictConfig, key: str) -> bool:
     return isinstance(node, DictConfig) and OmegaConf.is_missing(node, name)
 
 
-def _read(path: str | Path) -> DictConfig:
+def _read(path: str | Path, seen: tuple[Path, ...] = ()) -> DictConfig:
+    """Read a recipe with what it includes; ``seen`` are the files that led to it."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no recipe {path}")
+    chain = (*seen, path)
+    if any(path.samefile(earlier) for earlier in seen):
+        raise ValueError(f"a recipe includes itself: {' > '.join(map(str, chain))}")
     try:
         node = OmegaConf.load(path)
-    except YAMLError as exc:
+    except (YAMLError, UnicodeDecodeError) as exc:
         raise ValueError(f"{path} is not a YAML file: {str(exc).splitlines()[0]}") from exc
     if not isinstance(node, DictConfig):
         raise ValueError(f"{path}: expected sections, got a list")
     include = node.pop("include", None)
     if include is None:
         return node
-    return cast(DictConfig, OmegaConf.merge(_read(path.parent / str(include)), node))
+    return cast(DictConfig, OmegaConf.merge(_read(path.parent / str(include), chain), node))

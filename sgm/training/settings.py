@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sgm.training.optim import Optim
+from sgm.training.recipe import require
 
 Config = dict[str, Any]
 
@@ -39,11 +40,12 @@ class Memory:
     feed_forward_chunks: int = 1
 
     def __post_init__(self) -> None:
-        if self.frozen not in FROZEN_TYPES or self.feed_forward_chunks < 1:
-            raise ValueError(
-                f"training.memory: expected frozen to be one of {', '.join(FROZEN_TYPES)} and "
-                f"feed_forward_chunks >= 1, got {self.frozen} and {self.feed_forward_chunks}"
-            )
+        require(
+            "training.memory",
+            self,
+            frozen=(self.frozen in FROZEN_TYPES, f"one of {', '.join(FROZEN_TYPES)}"),
+            feed_forward_chunks=(self.feed_forward_chunks >= 1, "1 or more"),
+        )
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Training:
     """Section `training`.
 
     Attributes:
-        seed: of all draws.
+        seed: of all draws, 0 to 2**64 - 1.
         task: config of what a step computes.
         optim: optimiser settings.
         plan: `sgm.training.loop.Plan`, for the plain runner.
@@ -67,6 +69,9 @@ class Training:
     first_stage: str | None = None
     lora: Lora | None = None
     memory: Memory = field(default_factory=Memory)
+
+    def __post_init__(self) -> None:
+        require("training", self, seed=(0 <= self.seed < 2**64, "0 to 2**64 - 1"))
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,14 @@ class Data:
     workers: int
     cache: Config = field(default_factory=dict)
     root: Any = None  # a path, or several
+
+    def __post_init__(self) -> None:
+        require(
+            "data",
+            self,
+            batch_size=(self.batch_size >= 1, "1 or more"),
+            workers=(self.workers >= 0, "0 or more"),
+        )
 
 
 @dataclass(frozen=True)
@@ -113,6 +126,13 @@ class Save:
     steps: int | None = None
     minutes: float | None = 10
 
+    def __post_init__(self) -> None:
+        require(
+            "lightning.save",
+            self,
+            steps=(self.steps is None or self.steps >= 1, "1 or more, or null"),
+        )
+
 
 @dataclass(frozen=True)
 class Log:
@@ -126,6 +146,9 @@ class Log:
 
     every: int = 1
     to: str | None = None
+
+    def __post_init__(self) -> None:
+        require("lightning.log", self, every=(self.every >= 1, "1 or more"))
 
 
 @dataclass(frozen=True)

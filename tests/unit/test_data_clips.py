@@ -108,6 +108,8 @@ def test_splits_share_nothing(tmp_path):
     assert [entry.key for entry in rest.entries] == ["k0", "k1", "k2", "k4"]
     with pytest.raises(ValueError, match="train or heldout"):
         Clips(tmp_path, split="test")
+    with pytest.raises(ValueError, match="root: expected a folder of prepared clips"):
+        Clips([])
     entries = [replace(e, heldout=False) for e in Clips(tmp_path).entries]
     write_index(tmp_path, entries)
     with pytest.raises(ValueError, match="none of its 5 clips"):

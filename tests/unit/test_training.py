@@ -196,7 +196,7 @@ GIVEN = {"seed": 1, "task": {"target": "a.b"}, "optim": {"lr": "1e-3", "betas": 
         ({"optim": {}}, r"^training\.optim\.lr: expected a value"),
         ({"optim": {"lr": "abc"}}, r"^training\.optim\.lr: .*'abc'"),
         ({"optim": {"lr": 1, "lrr": 1}}, r"^training\.optim\.lrr: "),
-        ({"optim": {"lr": -1}}, r"^training\.optim: expected lr > 0"),
+        ({"optim": {"lr": -1}}, r"^training\.optim\.lr: expected a number above 0, got -1"),
         ({"task": 3}, r"^training\.task: "),
     ],
 )
@@ -208,6 +208,62 @@ def test_sections_are_checked(change, message):
     with pytest.raises(ValueError, match=message) as error:
         typed(OmegaConf.create({"training": GIVEN | change}), "training", Training)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "key", "value"),
+    [
+        (Training, "training", "seed", -1),
+        (Training, "training", "seed", 2**64),
+        (Optim, "training.optim", "lr", "nan"),
+        (Optim, "training.optim", "weight_decay", "nan"),
+        (Optim, "training.optim", "betas", [2, 3]),
+        (Optim, "training.optim", "ema", 1),
+        (Data, "data", "batch_size", 0),
+        (Data, "data", "workers", -1),
+        (Lightning, "lightning", "save.steps", 0),
+        (Lightning, "lightning", "log.every", 0),
+    ],
+)
+def test_values_out_of_range_are_refused_when_a_recipe_is_read(kind, name, key, value):
+    """Caught: a traceback after the first step, and refusals once the run's folder is made."""
+    data = {"dataset": {"target": "a.b"}, "batch_size": 1, "workers": 0}
+    recipe = OmegaConf.create({"training": GIVEN, "data": data, "lightning": {"trainer": {}}})
+    typed(recipe, name, kind)
+    OmegaConf.update(recipe, f"{name}.{key}", value)
+    with pytest.raises(ValueError, match=f"^{name}.{key}: expected .*, got "):
+        typed(recipe, name, kind)
+
+
+@pytest.mark.parametrize("value", [3, "a", [1]])
+def test_a_section_that_is_no_mapping_is_refused(value):
+    """Caught: words of OmegaConf's own, and a section that is there called missing."""
+    with pytest.raises(ValueError, match=r"^section 'data': expected names and values, got "):
+        section(OmegaConf.create({"data": value}), "data")
+
+
+def test_a_picture_is_no_recipe(tmp_path):
+    """Caught: a message that does not name the file."""
+    (tmp_path / "one.png").write_bytes(b"\x89PNG\r\n")
+    with pytest.raises(ValueError, match=r"one\.png is not a YAML file: 'utf-8' codec"):
+        load_recipe([tmp_path / "one.png"])
+
+
+@pytest.mark.parametrize("included", ["one.yaml", "two.yaml"])
+def test_a_recipe_that_includes_itself_is_refused(tmp_path, included):
+    """Caught: recursion without end; and a file refused that two recipes share."""
+    (tmp_path / "one.yaml").write_text(f"include: {included}\n")
+    (tmp_path / "two.yaml").write_text("include: ./one.yaml\n")
+    with pytest.raises(ValueError, match=rf"includes itself: .*one\.yaml > .*{included}"):
+        load_recipe([tmp_path / "one.yaml"])
+    (tmp_path / "one.yaml").write_text("a: 1\n")
+    assert load_recipe([tmp_path / "one.yaml", tmp_path / "two.yaml"]) == {"a": 1}
+
+
+def test_an_optimizer_of_no_weights_is_refused():
+    """Caught: torch's words, which name no key."""
+    with pytest.raises(ValueError, match=r"trainable: expected names of weights, got none"):
+        Optim(lr=1.0).build([])
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
