@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sgm.data.collection import Collection, Selection
     from sgm.data.index import Entry
     from sgm.data.preparing import Outcome
+    from sgm.training.precompute import Encoders
 
 DONE, REFUSED, INTERRUPTED = 0, 2, 130
 
@@ -165,14 +166,16 @@ def work(args: argparse.Namespace) -> None:
     if collection.complete:
         extend(collection, args)
         return
-    notes = {"latents": [args.ckpt_path, args.draws, args.seed] if args.latents else None}
-    names = collection.begin(**notes)
+    names = collection.check()
+    encoders = load_encoders(args) if args.latents else None
+    facts = encoders.facts() if encoders else None
+    collection.begin(facts)
     selection = collection.select(list(prepare(collection, names, args)))
     if not selection.entries:
+        collection.discard()
         raise ValueError(f"no clip is left: {reasons(selection)}")
-    facts = None
-    if args.latents:
-        entries, facts = encode(collection, selection.entries, args)
+    if encoders:
+        entries = encode(encoders, collection, selection.entries)
         selection = replace(selection, entries=tuple(entries))
     finish(collection, selection, args.shard_mb, facts)
 
@@ -187,12 +190,14 @@ def extend(collection: "Collection", args: argparse.Namespace) -> None:
 
     entries = collection.reopen()
     if not args.latents or all(LATENTS in entry.files for entry in entries):
-        print(f"{args.out} is complete: nothing to do")
+        tell(f"{args.out} is complete: nothing to do")
         return
     if collection.shards:
         raise ValueError(f"{args.out} has finished archives: name another folder for --latents")
-    entries, facts = encode(collection, entries, args)
-    collection.amend(entries, latents=facts)
+    encoders = load_encoders(args)
+    facts = encoders.facts()
+    collection.begin(facts)
+    collection.amend(encode(encoders, collection, entries), latents=facts)
 
 
 def prepare(
@@ -210,25 +215,35 @@ def prepare(
         told = f"{len(outcome.clips) - faults} clips, {faults} left out"
         if outcome.error:
             told = f"cannot be read: {outcome.error}"
-        print(f"[{number}/{len(names)}] {outcome.name}: {told}", flush=True)
+        tell(f"[{number}/{len(names)}] {outcome.name}: {told}")
         yield outcome
 
 
-def encode(
-    collection: "Collection", entries: "Sequence[Entry]", args: argparse.Namespace
-) -> "tuple[list[Entry], dict[str, object]]":
-    """Compute the latents of all clips; give the clips with them."""
+def load_encoders(args: argparse.Namespace) -> "Encoders":
+    """Load what computes the latents: before the first video, so that it is known to work.
+
+    Raises:
+        ValueError: the weights, the configuration or the device are not there or do not fit.
+    """
     from sgm.device import default_device, parse_device
-    from sgm.training.precompute import Encoders, precompute
+    from sgm.training.precompute import Encoders
 
     device = parse_device(args.device) if args.device else default_device()
-    encoders = Encoders(args.ckpt_path, device, args.config, args.draws, args.seed)
+    return Encoders(args.ckpt_path, device, args.config, args.draws, args.seed)
+
+
+def encode(
+    encoders: "Encoders", collection: "Collection", entries: "Sequence[Entry]"
+) -> "list[Entry]":
+    """Compute the latents of all clips; give the clips with them."""
+    from sgm.training.precompute import precompute
+
     done = []
     for entry in precompute(encoders, collection.out, entries):
         done.append(entry)
         if len(done) % 50 == 0 or len(done) == len(entries):
-            print(f"latents: {len(done)} of {len(entries)} clips", flush=True)
-    return done, encoders.facts()
+            tell(f"latents: {len(done)} of {len(entries)} clips")
+    return done
 
 
 def finish(
@@ -242,8 +257,18 @@ def finish(
 
     facts = write_report(collection, selection, latents=latents)
     collection.finish(selection, shard_mb * 10**6, latents=latents)
-    print(f"{reasons(selection)}; {facts['seconds']} s of clips")
-    print(f"{collection.out}: report/ has histograms and contact sheets")
+    tell(f"{reasons(selection)}; {facts['seconds']} s of clips")
+    tell(f"{collection.out}: report/ has histograms and contact sheets")
+
+
+def tell(text: str) -> None:
+    """Print a line of progress; the work does not depend on whether it is read."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # what is printed, now and from now on, is for nobody
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def reasons(selection: "Selection") -> str:

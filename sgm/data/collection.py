@@ -6,13 +6,24 @@ was stopped goes on from there. The index is written last: where it is, all is t
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
 
-from sgm.data.index import INDEX, META, VIDEO, Entry, Place, read_index, write_index, write_whole
+from sgm.data.index import (
+    INDEX,
+    LATENTS,
+    META,
+    VIDEO,
+    Entry,
+    Place,
+    read_index,
+    write_index,
+    write_whole,
+)
 from sgm.data.motion import LINEAR, MotionMap, calibrate
 from sgm.data.preparing import Found, Outcome, Settings, key_of, prepare_video
 from sgm.data.quality import DUPLICATE, Seen
@@ -55,25 +66,53 @@ class Collection:
     def _root(self) -> Path:
         return self.source.parent if self.source.is_file() else self.source
 
-    def begin(self, **notes: Any) -> list[str]:
-        """Make the output folder, or continue in it; give the names of the videos.
-
-        Args:
-            notes: further settings that a continued preparation must have as well.
+    def check(self) -> list[str]:
+        """Give the names of the videos, if the work can begin or continue; write nothing.
 
         Raises:
-            ValueError: there are no videos, or the folder has something else.
+            ValueError: there are no videos, the output is no folder, or has something else.
         """
-        given = self._facts() | json.loads(json.dumps(notes))
-        file = self.work / "settings.json"
-        if file.is_file():
-            _require_equal(json.loads(file.read_text()), given, self.out)
-        elif self.out.exists() and any(self.out.iterdir()):
+        there = next(path for path in (self.out, *self.out.parents) if path.exists())
+        if not there.is_dir():
+            raise ValueError(
+                f"the clips need a folder at {self.out}, and {there} is a file: name an empty or "
+                "new folder"
+            )
+        if begun := self._begun():
+            _require_equal(begun, self._facts(), self.out)
+        elif there == self.out and any(there.iterdir()):
             raise ValueError(f"{self.out} has other files: name an empty or new folder")
-        names = self._names()
+        return self._names()
+
+    def begin(self, latents: Mapping[str, Any] | None = None) -> None:
+        """Make the output folder, or continue in it, as `check` allows.
+
+        Args:
+            latents: what they depend on, if they will be made.
+
+        Raises:
+            ValueError: there are latents that depend on something else.
+        """
+        begun = self._begun()
+        before = begun.get("latents")
+        if before != latents and any(self._clips.rglob(f"*.{LATENTS}")):
+            raise ValueError(
+                f"{self.out} has latents of {before}, asked for are {latents}: give the same "
+                "--latents, --ckpt_path, --draws and --seed again, or another folder"
+            )
+        facts = begun | self._facts() | {"latents": latents}
+        facts.setdefault("made", not self.out.exists())
         self.work.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(given))
-        return names
+        write_whole(self._note, json.dumps(facts))
+
+    def discard(self) -> None:
+        """Remove all that was written, and the output folder if it was made for it."""
+        made = self._begun().get("made")
+        for folder in (self._clips, self.work):
+            shutil.rmtree(folder, ignore_errors=True)
+        if made:
+            with suppress(OSError):  # something else was put there
+                self.out.rmdir()
 
     def reopen(self) -> list[Entry]:
         """Return the clips of a complete collection.
@@ -83,6 +122,18 @@ class Collection:
         """
         _require_equal(json.loads((self.out / META).read_text()), self._facts(), self.out)
         return read_index(self.out)
+
+    @property
+    def _note(self) -> Path:
+        return self.work / "settings.json"
+
+    @property
+    def _clips(self) -> Path:
+        return (self.work if self.shards else self.out) / "clips"
+
+    def _begun(self) -> dict[str, Any]:
+        """What was noted where the work was begun, else nothing."""
+        return json.loads(self._note.read_text()) if self._note.is_file() else {}
 
     def _facts(self) -> dict[str, Any]:
         return {
@@ -132,7 +183,7 @@ class Collection:
 
     def clips_of(self, name: str) -> Path:
         """Folder of a video's clips."""
-        return (self.work if self.shards else self.out) / "clips" / key_of(name)
+        return self._clips / key_of(name)
 
     def rejects_of(self, name: str) -> Path:
         """Folder of pictures of a video's clips that are left out."""
@@ -200,6 +251,7 @@ class Collection:
     def amend(self, entries: Sequence[Entry], **notes: Any) -> None:
         """Write the index of a complete collection again, with more files and notes."""
         self._write(entries, json.loads((self.out / META).read_text()) | notes)
+        shutil.rmtree(self.work, ignore_errors=True)
 
     def _write(self, entries: Sequence[Entry], meta: dict[str, Any]) -> None:
         write_whole(self.out / META, json.dumps(meta, indent=1) + "\n")

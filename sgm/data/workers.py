@@ -3,6 +3,7 @@
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -35,6 +36,8 @@ def map_in_processes(
     fork = "forkserver" in multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if fork else "spawn")
     context.set_forkserver_preload([*PRELOADED, function.__module__])
+    if fork:
+        _start_server()
     waiting = iter(items)
     running: dict[Any, tuple[Item, BaseProcess]] = {}
     try:
@@ -55,13 +58,26 @@ def map_in_processes(
             process.terminate()
 
 
+def _start_server() -> None:
+    """Start what the processes are forked from; an interruption is not for them."""
+    from multiprocessing import forkserver, resource_tracker  # not on every system
+
+    resource_tracker.ensure_running()  # before the signal is blocked, as it unblocks it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()  # with the same signals blocked
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _work(sender: Connection, function: Callable[[Item], Result], item: Item) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that waits for this one ends it
     try:
         result: Result | Exception = function(item)
     except Exception as error:  # noqa: BLE001 - raised again where the result is received
         result = error
-    sender.send(result)
+    with suppress(BrokenPipeError):  # the process that waited is gone
+        sender.send(result)
 
 
 def _receive(receiver: Any, process: BaseProcess) -> Any:

@@ -20,6 +20,7 @@ from tests.footage import blend, pan, scene, write_video
 SCRIPT = str(ROOT / "scripts" / "prepare_videos.py")
 CHECKPOINT = str(ROOT / "checkpoints" / "svd_tiny.safetensors")
 GIVEN = ["--sizes", "64x64,64x96", "--frames", "5"]
+LATENTS = ["--latents", "--ckpt_path", CHECKPOINT, "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,14 @@ def prepared(videos, tmp_path_factory):
     out = tmp_path_factory.mktemp("prepared") / "clips"
     assert main([str(videos), str(out), *GIVEN, "--workers", "2"]) == 0
     return out
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """A folder with one short video."""
+    folder = tmp_path_factory.mktemp("one")
+    write_video(folder / "a.mp4", pan(scene(6), 0.006, 12), 14)
+    return folder
 
 
 def files_of(folder):
@@ -129,7 +138,7 @@ def test_killed_it_goes_on_and_gives_the_same_files(videos, prepared, tmp_path):
 
 def test_archives_with_latents_are_read_like_files(videos, tmp_path, capsys):
     options = ["--format", "shards", "--shard_mb", "1", "--calibrate", "--heldout", "0.3"]
-    latents = ["--latents", "--ckpt_path", CHECKPOINT, "--draws", "2", "--device", "cpu"]
+    latents = [*LATENTS, "--draws", "2"]
     few = tmp_path / "few"
     few.mkdir()
     for name in ("two shots.mp4", "b.avi"):
@@ -163,6 +172,72 @@ def test_latents_can_be_added_to_files(prepared, videos, tmp_path):
     assert files_of(out) == before
 
 
+class Stop(Exception):  # noqa: N818 - a test's own
+    """What a test stops a preparation by."""
+
+
+def stop(*_):
+    raise Stop
+
+
+def test_a_preparation_without_latents_so_far_takes_those_of_any_settings(
+    one, tmp_path, monkeypatch
+):
+    command = [str(one), str(tmp_path / "out"), *GIVEN, *LATENTS, "--draws"]
+    with monkeypatch.context() as patch:
+        patch.setattr("scripts.prepare_videos.encode", stop)
+        with pytest.raises(Stop):
+            main([*command, "3"])
+    assert main([*command, "2"]) == 0
+    clips = Clips(tmp_path / "out")
+    assert clips[0]["cond_latents"].shape[0] == 2
+    assert clips.meta[clips.folders[0]]["latents"]["draws"] == 2
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_latents_of_other_settings_are_not_mixed(one, tmp_path, monkeypatch, capsys, complete):
+    out = tmp_path / "out"
+    command = [str(one), str(out), *GIVEN]
+    latents = [*command, *LATENTS, "--draws"]
+    if complete:
+        assert main(command) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "scripts.prepare_videos.tell", lambda text: text.startswith("latents") and stop()
+        )
+        with pytest.raises(Stop):
+            main([*latents, "3"])
+    begun = files_of(out)
+    assert main([*latents, "2"]) == 2
+    assert "'draws': 3" in capsys.readouterr().err
+    assert files_of(out) == begun
+    if not complete:
+        assert main(command) == 2
+    assert main([*latents, "3"]) == 0
+    assert Clips(out)[0]["cond_latents"].shape[0] == 3
+    assert not (out / ".work").exists()
+
+
+def test_where_nothing_was_kept_another_preparation_can_begin(one, tmp_path, capsys):
+    command = [str(one), str(tmp_path), "--frames", "5", "--sizes"]
+    assert main([*command, "1000x1000"]) == 2
+    assert "small 1" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []  # a folder that was there stays
+    assert main([*command, "64x64"]) == 0
+
+
+def test_progress_that_nobody_reads_does_not_stop_it(one, tmp_path):
+    command = [sys.executable, SCRIPT, str(one), str(tmp_path), *GIVEN]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as closed:
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=closed, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "index.jsonl").is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -173,19 +248,29 @@ def test_latents_can_be_added_to_files(prepared, videos, tmp_path):
         (["empty", "out", "--frames", "1"], "expected 2 or more"),
         (["empty", "out", "--latents"], "need each other"),
         (["empty", "out", "--heldout", "1"], "from 0 to below 1"),
+        (["one", "full/file"], "need a folder at "),
+        (["one", "full/file/out"], "full/file is a file"),
+        (["one", "out", "--latents", "--ckpt_path", "nofile"], "checkpoint 'nofile'"),
+        (["one", "out", *LATENTS, "--device", "nodevice"], "device 'nodevice'"),
+        (["one", "out", *LATENTS, "--config", "no.yaml"], "no.yaml"),
+        (["one", "out", *GIVEN, "--max_upscale", "0.1"], "no clip is left"),
     ],
 )
-def test_errors_are_one_line_and_leave_nothing(tmp_path, monkeypatch, capsys, arguments, complaint):
+def test_errors_are_one_line_and_leave_nothing(
+    one, tmp_path, monkeypatch, capsys, arguments, complaint
+):
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     Path("full").mkdir()
     Path("full/file").touch()
+    Path("one").symlink_to(one)
     try:
         code = main(arguments)
     except SystemExit as end:
         code = end.code
     told = capsys.readouterr().err
     assert code == 2
+    assert list(Path("full").iterdir()) == [Path("full/file")]
     assert told.startswith("error: ")
     assert told.count("\n") == 1
     assert complaint in told

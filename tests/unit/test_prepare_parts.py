@@ -1,8 +1,11 @@
 """The parts of a preparation: sizes, motion map, filters, fingerprints, mp4, archives, workers."""
 
 import json
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -19,7 +22,7 @@ from sgm.data.quality import Seen, fault, fingerprint, text_share
 from sgm.data.reading import cover, find_videos, numbered_pictures, read_frames
 from sgm.data.shards import write_shards
 from sgm.data.sizes import choose_size, parse_sizes
-from sgm.data.workers import Crash, map_in_processes
+from sgm.data.workers import Crash, _work, map_in_processes
 from tests.footage import pan, scene, write_video
 
 ROOT = Path(__file__).parents[2]
@@ -250,6 +253,43 @@ def test_an_error_ends_the_work_and_the_processes():
     with pytest.raises(OSError, match="No space left"):
         list(map_in_processes(square_or_die, [9, 1], workers=1))
     assert time.monotonic() - started < 60
+
+
+def test_a_process_that_nobody_waits_for_any_more_ends_quietly():
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    receiver.close()
+    process = context.Process(target=_work, args=(sender, abs, 1))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+INTERRUPTED = """
+import os, signal, threading
+from sgm.data.workers import map_in_processes
+from slow import double
+threading.Timer(0.4, os.killpg, (os.getpgid(0), signal.SIGINT)).start()
+try:
+    list(map_in_processes(double, [1], 1))
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_an_interruption_while_the_processes_start_is_told_once(tmp_path):
+    (tmp_path / "slow.py").write_text("import time\ntime.sleep(1)\ndef double(x): return 2 * x\n")
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"},
+        start_new_session=True,  # a terminal's interruption reaches all processes
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("interrupted\n", "")
 
 
 def test_rotation_of_a_video_is_part_of_its_size(tmp_path):
