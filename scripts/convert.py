@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scripts.program import run_program
 from scripts.writing import DTYPES, run
 from sgm.inference.files import user_path
 from sgm.inference.weights import given_weights
@@ -110,4 +111,4 @@ def folder_texts(folder: "Source", options: argparse.Namespace) -> dict[str, str
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

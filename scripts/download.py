@@ -10,6 +10,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.program import run_program, say
 from sgm.errors import one_line
 from sgm.inference.files import is_there, user_path
 from sgm.inference.specs import SPECS, ModelSpec
@@ -75,10 +79,10 @@ def download(spec: ModelSpec, folder: Path, token: str | None) -> None:
     from sgm.checkpoint.room import in_bytes
 
     repository = look_up(str(spec.repository), token)
-    print(f"{spec.file} of {repository.page}\nlicence: {repository.licence}", flush=True)
+    say(f"{spec.file} of {repository.page}", f"licence: {repository.licence}")
     path = download(repository, spec.file, folder / f"{spec.name}.safetensors", token)
-    print(f"{path}  {in_bytes(path.stat().st_size)}  sha256 {repository.files[spec.file].sha256}")
+    say(f"{path}  {in_bytes(path.stat().st_size)}  sha256 {repository.files[spec.file].sha256}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scripts.program import run_program
 from scripts.writing import DTYPES, run
 
 if TYPE_CHECKING:
@@ -68,4 +69,4 @@ def export(options: argparse.Namespace, progress: "Progress | None") -> "tuple[W
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

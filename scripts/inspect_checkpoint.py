@@ -14,6 +14,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.program import run_program, say
 from sgm.errors import one_line
 from sgm.inference.weights import given_weights
 
@@ -37,9 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         path = given_weights(options.path)
         for label, text in describe(path, options.hash):
-            print(f"{label:<{INDENT}}{text}", flush=True)
+            say(f"{label:<{INDENT}}{text}")
         if options.values:
-            print(f"{'values':<{INDENT}}{check_values(path)}")
+            say(f"{'values':<{INDENT}}{check_values(path)}")
     except ValueError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
@@ -142,4 +146,4 @@ def check_values(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

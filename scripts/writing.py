@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
+from scripts.program import say
 from sgm.errors import one_line
 from sgm.inference.progress import ProgressLine, duration
 
@@ -38,7 +39,7 @@ def run(write: "Callable[[Progress | None], tuple[Written, ...]]") -> int:
         print(failed, file=sys.stderr)
         return code
     for file in written:
-        print(f"{file.path}  {file.size / 1e9:.3f} GB  sha256 {file.sha256}")
+        say(f"{file.path}  {file.size / 1e9:.3f} GB  sha256 {file.sha256}")
     return code
 
 

@@ -5,11 +5,19 @@ Everything heavy is imported late, so that help and errors in the arguments answ
 
 import logging
 import shutil
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports: an end without traceback
+
+from scripts.program import run_program, say
 from sgm.errors import one_line
 from sgm.inference.batch import Job, Outcome, make_videos, plan_job
 from sgm.inference.flags import Request, help_text, refuse_unknown
@@ -32,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if {"-h", "--help"} & set(arguments):
-        print(help_text(min(100, shutil.get_terminal_size().columns)))
+        say(*help_text(min(100, shutil.get_terminal_size().columns)).splitlines())
         return DONE
     verbose = "--verbose" in arguments
     try:
@@ -118,9 +126,9 @@ def print_outcome(outcome: Outcome, verbose: bool) -> None:
     if outcome.error is not None:
         report(outcome.error, verbose)
     elif outcome.seconds is None:
-        print(f"{outcome.path}  of {outcome.source}, there already", flush=True)
+        say(f"{outcome.path}  of {outcome.source}, there already")
     else:
-        print(f"{outcome.path}  of {outcome.source}, {outcome.seconds:.1f} s", flush=True)
+        say(f"{outcome.path}  of {outcome.source}, {outcome.seconds:.1f} s")
 
 
 def report(error: Exception, verbose: bool) -> None:
@@ -131,4 +139,4 @@ def report(error: Exception, verbose: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

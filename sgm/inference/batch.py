@@ -181,6 +181,10 @@ def _output_folder(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=folder).close()
+    except FileExistsError as error:
+        raise ValueError(
+            f"output_folder {str(folder)!r}: expected a folder, but this is a file"
+        ) from error
     except OSError as error:
         raise ValueError(f"output_folder {str(folder)!r}: {error.strerror}") from error
     return folder

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sgm.config import construct
 from sgm.device import default_device, memory_errors, parse_device
 from sgm.inference.budget import HIGH, MemoryPlan, next_smaller
 from sgm.inference.conditioning import embed, make_batch
@@ -38,7 +39,6 @@ from sgm.inference.weights import given_lora
 from sgm.models.diffusion import DiffusionEngine
 from sgm.modules.encoders.conditioner import Conditioning
 from sgm.modules.encoders.video import VideoPredictionEmbedderWithEncoder
-from sgm.util import instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class VideoPipeline:
         dtype: str | torch.dtype | None = None,
         optimize: str | None = None,
         memory: str | None = None,
-        lora: Sequence[str] | None = None,
+        lora: str | Path | Sequence[str | Path] | None = None,
     ) -> Self:
         """Load a named model.
 
@@ -111,15 +111,15 @@ class VideoPipeline:
             optimize: ``none``, ``exact`` or ``fast``, see :class:`SamplingOptions`; None for
                 ``exact``.
             memory: ``auto``, ``high``, ``low`` or ``min``, see there; None for ``auto``.
-            lora: files of low-rank updates, ``FILE[:scale]``, to add to the weights.
+            lora: file of low-rank updates, ``FILE[:scale]``, to add to the weights; or several.
 
         Raises:
             ValueError: unknown name, missing or unfit file, device that is not there, other type.
             MemoryError: the device is too small; the message says what to try.
         """
         options = {"device": device, "dtype": dtype, "optimize": optimize, "memory": memory}
-        files = find_model(name, config, ckpt_path, lora)
-        return cls.load(files, SamplingOptions.from_dict(options))
+        asked = SamplingOptions.from_dict(options | {"lora": lora})
+        return cls.load(find_model(name, config, ckpt_path, asked.lora), asked)
 
     @classmethod
     def load(
@@ -354,7 +354,7 @@ class VideoPipeline:
             c, uc = embed(self.engine.conditioner, batch, frames)
         own = self._picture_latents(c)
         report(callback, Progress("encoding", 1, 1, picture=pixels, picture_latents=own))
-        sampler = instantiate_from_config(settings.sampler_config)
+        sampler = construct(settings.sampler_config, "sampler_config")
         if self.optimize == "fast":
             sampler.guider.interval = FAST_GUIDED
 

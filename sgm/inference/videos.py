@@ -15,6 +15,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from sgm.h264 import encode_h264
+from sgm.inference.files import user_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,24 +53,27 @@ def write_video(frames: Frames, path: str | Path, fps: float, format: str | None
 
     Args:
         frames: uint8 (t, h, w, 3), RGB.
-        path: of the file, or of the new folder where ``format`` is png. A file is replaced.
+        path: of the file, or of the new folder where ``format`` is png; may begin with ``~``. A
+            file is replaced by a file, and an empty folder by a folder.
         fps: frames per second, exact in mp4; gif rounds each frame's time to 1/100 s, webp to
             1/1000 s, so that the sum of times stays exact (browsers play gif to 50 frames/s).
         format: mp4 (H.264, yuv420p), gif, webp or png; by default what the path's suffix says,
             and png for a path without suffix.
 
     Returns:
-        The path.
+        The path, without ``~``.
 
     Raises:
-        ValueError: for frames of another shape or type, an unknown format, an odd size in mp4.
+        ValueError: for frames of another shape or type, an unknown format, an odd size in mp4, a
+            name that something has already which is not replaced, no such home folder.
     """
-    path = Path(path)
+    path = user_path(path)
     format = format or path.suffix.lower().removeprefix(".") or "png"
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
         shape = tuple(frames.shape)
         raise ValueError(f"frames must be uint8 (t, h, w, 3), got {frames.dtype} {shape}")
     check_video_size(format, *frames.shape[1:3])
+    _refuse_taken(path, folder=format == "png")
     path.parent.mkdir(parents=True, exist_ok=True)
     with _whole(path) as unfinished:
         WRITERS[format](frames, unfinished, Fraction(fps).limit_denominator(1001))
@@ -90,6 +94,18 @@ def check_video_size(format: str, height: int, width: int) -> None:
             f"mp4 needs an even height and width, got {height}x{width}; the nearest is {even} "
             "(gif, webp and png take any size)"
         )
+
+
+def _refuse_taken(path: Path, folder: bool) -> None:
+    """Refuse what a new file, or a new folder, would not replace.
+
+    Raises:
+        ValueError: it is there.
+    """
+    if path.is_dir() and not (folder and not any(path.iterdir())):
+        raise ValueError(f"{str(path)!r} is a folder that is there already: give another name")
+    if folder and path.is_file():
+        raise ValueError(f"{str(path)!r} is a file, expected a new folder: give another name")
 
 
 @contextmanager

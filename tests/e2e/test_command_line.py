@@ -137,7 +137,7 @@ def test_the_script_itself_exits_with_the_code():
         (["--device=tpu"], "device 'tpu' is not available here"),
         (["--device=meta"], "device 'meta' is not available here"),
         (["--output=latents"], "unknown flag --output"),
-        (["--output_folder=photos/a.png"], "output_folder 'photos/a.png': File exists"),
+        (["--output_folder=photos/a.png"], "'photos/a.png': expected a folder, but this is a file"),
         (["--output_folder=~nosuchuser/x"], "there is no home folder ~nosuchuser"),
         (["--repeat=~nosuchuser/x.json"], "there is no home folder ~nosuchuser"),
         (["--input_path=" + ",".join(["absent.jpg"] * 40)], "input 'absent.jpg': no such file"),
@@ -222,6 +222,13 @@ def test_a_name_that_looks_like_something_else_is_a_name(place):
         job = plan_job(parse([f"--input_path={name}", "--version=svd_tiny", "--seed=1e1"]))
         assert [str(path) for path in job.inputs] == [name]
         assert job.settings.options.seed == 10
+
+
+def test_a_name_with_a_newline_stays_in_its_line(place, capsys):
+    (place / "photos" / "a.png").rename(place / "new\nline.png")
+    assert sample("new\nline.png") == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("out/000000.mp4  of new\\nline.png, ")
 
 
 def test_numbers_go_on_and_nothing_is_replaced(place):

@@ -1,5 +1,7 @@
 """LoRA from a recipe to a video: trained, written, sampled, merged."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -78,6 +80,17 @@ def test_the_flag_is_a_list_of_files():
 def test_files_that_are_not_there(place, lora):
     with pytest.raises(ValueError, match=r"^lora .*: expected FILE or FILE:SCALE"):
         latents(place, lora=[lora])
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("kind", [str, Path])
+def test_files_are_given_as_the_option_takes_them(place, several, kind):
+    """Catches: a text taken for a list of letters; a path, or paths in a list, with a traceback."""
+    file = kind(place / "a.safetensors")
+    model = {"config": place / "tiny.yaml", "ckpt_path": place / "tiny.safetensors"}
+    lora = [file] if several else file
+    pipeline = VideoPipeline.from_spec("svd_tiny", **model, device="cpu", lora=lora)
+    assert pipeline.files.loras == ((place / "a.safetensors", 1.0),)
 
 
 def test_a_pipeline_keeps_its_updates(place):

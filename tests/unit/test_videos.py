@@ -130,6 +130,35 @@ def test_unknown_formats_are_refused(tmp_path):
         write_video(waves(2), tmp_path / "a.avi", 7)
 
 
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    """Caught: a folder that is named ~."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert Video(waves(2), 7).save("~/a.gif") == tmp_path / "home" / "a.gif"
+    assert names(tmp_path) == ["home"]
+    assert names(tmp_path / "home") == ["a.gif"]
+    with pytest.raises(ValueError, match="there is no home folder ~nosuchuser"):
+        write_video(waves(2), "~nosuchuser/a.gif", 7)
+
+
+@pytest.mark.parametrize("suffix", [".gif", ""])
+def test_a_folder_is_not_replaced(tmp_path, suffix):
+    """Caught: OSError 39 or 21, after all frames were written."""
+    (tmp_path / f"a{suffix}" / "kept").mkdir(parents=True)
+    with pytest.raises(ValueError, match="is a folder that is there already: give another name"):
+        write_video(waves(2), tmp_path / f"a{suffix}", 7)
+    assert names(tmp_path) == [f"a{suffix}"]
+
+
+def test_frames_replace_an_empty_folder_and_no_file(tmp_path):
+    (tmp_path / "a").mkdir()
+    assert len(names(write_video(waves(2), tmp_path / "a", 7))) == 2
+    (tmp_path / "b").write_bytes(b"old")
+    with pytest.raises(ValueError, match=r"'.*b' is a file, expected a new folder"):
+        write_video(waves(2), tmp_path / "b", 7)
+    assert (tmp_path / "b").read_bytes() == b"old"
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".gif", ".webp", ""])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_an_interruption_leaves_nothing(tmp_path, monkeypatch, suffix, error):
