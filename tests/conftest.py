@@ -1,10 +1,19 @@
 """Tests marked ``slow`` run with ``pytest --slow`` and are skipped, with a reason, without."""
 
+from multiprocessing import forkserver
+
 import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run what takes minutes or gigabytes")
+
+
+@pytest.fixture(scope="module")
+def new_fork_server() -> None:
+    """Have the next process forked off a server of its own: one that other tests began has not
+    imported what these processes need, and each would do that for itself."""
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

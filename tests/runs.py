@@ -12,7 +12,6 @@ import resource
 import socket
 import sys
 from contextlib import redirect_stderr, redirect_stdout
-from functools import cache
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from tests.tiny import FRAMES, tiny_config
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 12
+PRELOADED = ["sgm.training.run", "sgm.training.samples", "tests.runs"]
 
 
 def write_photos(path: Path) -> Path:
@@ -94,14 +94,14 @@ def start(count: int, arguments: list[str], output: Path) -> list[Any]:
     return processes
 
 
-@cache
 def _context() -> Any:
     """Where processes are forked off a server that holds what training imports."""
-    # Of one that another test has started, which does not hold it, nothing would be forked quickly.
-    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    if server._preload_modules != PRELOADED:
+        server._stop()  # that of other tests, which would import it all for each process
     os.environ["OMP_NUM_THREADS"] = "1"  # of the server
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sgm.training.run", "sgm.training.samples", "tests.runs"])
+    context.set_forkserver_preload(PRELOADED)
     return context
 
 

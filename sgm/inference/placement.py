@@ -129,11 +129,11 @@ class Placement:
     def running(self, stage: Stage) -> Iterator[None]:
         """Have the weights of a stage on the device while the block runs."""
         with ExitStack() as stack:
+            if isinstance(self.network, OptimizedNetwork):
+                stack.callback(self.network.forget)  # what a run keeps is for one stage alone
             for streamed in self._stages.get(stage, []):
                 stack.enter_context(streamed)
             yield
-        if isinstance(self.network, OptimizedNetwork):
-            self.network.forget()  # what a run keeps is not counted for the other stages
 
 
 def encoding_parts(

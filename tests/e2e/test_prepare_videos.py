@@ -17,6 +17,8 @@ from sgm.data.clips import Clips
 from sgm.inference.specs import ROOT
 from tests.footage import blend, pan, scene, write_video
 
+pytestmark = pytest.mark.usefixtures("new_fork_server")
+
 SCRIPT = str(ROOT / "scripts" / "prepare_videos.py")
 CHECKPOINT = str(ROOT / "checkpoints" / "svd_tiny.safetensors")
 GIVEN = ["--sizes", "64x64,64x96", "--frames", "5"]

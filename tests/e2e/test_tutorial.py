@@ -9,6 +9,8 @@ import pytest
 
 from tests.footage import pan, scene, write_video
 
+pytestmark = pytest.mark.usefixtures("new_fork_server")
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"<!-- test: run -->\n```sh\n(.*?)```", PAGE, re.DOTALL)

@@ -9,6 +9,7 @@ import torch
 from sgm.inference import SamplingOptions, VideoPipeline
 from sgm.inference.budget import HIGH, LOW, MIN
 from sgm.inference.placement import Placement, choose_plan, needs_of
+from sgm.inference.progress import SamplingStopped
 from sgm.inference.settings import resolve
 from sgm.inference.specs import ROOT
 
@@ -114,8 +115,9 @@ def test_a_plan_that_cannot_be_placed_is_stepped_over(expected, monkeypatch):
     assert plans == ["unload", "halves"]
 
 
-def test_nothing_of_a_run_is_kept_for_the_decoder(monkeypatch):
-    """Catches conditions and deep features left on the device after sampling."""
+def test_nothing_of_a_run_is_kept_after_sampling(monkeypatch):
+    """Catches conditions and deep features left on the device while it decodes, or where it was
+    stopped."""
     made = pipeline(optimize="fast")
     network, seen = made.placement.network, []
     real = made._decode
@@ -127,6 +129,9 @@ def test_nothing_of_a_run_is_kept_for_the_decoder(monkeypatch):
     monkeypatch.setattr(made, "_decode", decode)
     made(PICTURE, OPTIONS)
     assert seen == [([], [])]
+    with pytest.raises(SamplingStopped):
+        made(PICTURE, OPTIONS, callback=lambda progress: progress.stage != "sampling")
+    assert (network._conditions, network._deep) == ([], [])
 
 
 @pytest.mark.parametrize("how", [{"memory": "min"}, {"optimize": "none"}])

@@ -25,6 +25,8 @@ from sgm.data.sizes import choose_size, parse_sizes
 from sgm.data.workers import Crash, _work, map_in_processes
 from tests.footage import pan, scene, write_video
 
+pytestmark = pytest.mark.usefixtures("new_fork_server")
+
 ROOT = Path(__file__).parents[2]
 
 
