@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from sgm.errors import one_line
+from sgm.training.signals import Stopped
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,8 +62,6 @@ def main(argv: list[str] | None = None) -> int:
     level = logging.INFO if first else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    from sgm.training.signals import Stopped
-
     try:
         from sgm.training.recipe import load_recipe
 

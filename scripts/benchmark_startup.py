@@ -253,11 +253,11 @@ All rows but the last are this project.
 Of the folder, CLIP's projections to query, key and value are packed into one. MindSpore's format
 puts half of the tensors at odd addresses, where vector instructions may refuse half-precision
 numbers: 2.2 GB are copied, by several threads, into new memory. What that costs is up to the
-machine: a virtual one may have to get it from its host, at 1 to 3 s per GB on this one, so that
-MindSpore's file once took 8.9 s where the native one took 4.9 s. Memory is therefore at hand, as
-the files are: every process takes 3 GB and gives them back after its imports, off the clock. The
-optimised networks lay weights out anew in the first step, which is not timed. The aims are 1.1
-times the native file's time for the folder and 1.2 times for MindSpore's file.
+machine: a virtual one may have to get it from its host. Memory is therefore at hand, as the files
+are: every process takes 3 GB and gives them back after its imports, off the clock. The record
+before this one, in the history of this file, is without that: MindSpore's file took 8.9 s, the
+native one 4.9 s. The optimised networks lay weights out anew in the first step, which is not timed.
+The aims are 1.1 times the native file's time for the folder and 1.2 times for MindSpore's file.
 """
 
 

@@ -17,6 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.program import OutputLost, discard_output, run_program, say
 from sgm.data.sizes import Size, parse_sizes
 from sgm.errors import one_line
 
@@ -264,11 +268,11 @@ def finish(
 def tell(text: str) -> None:
     """Print a line of progress; the work does not depend on whether it is read."""
     try:
-        print(text, flush=True)
-    except BrokenPipeError:  # what is printed, now and from now on, is for nobody
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
+        say(text)
+    except OutputLost as lost:
+        if not lost.reader_gone:
+            raise
+        discard_output()
 
 
 def reasons(selection: "Selection") -> str:
@@ -277,4 +281,4 @@ def reasons(selection: "Selection") -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

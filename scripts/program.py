@@ -14,6 +14,11 @@ _BREAKS = re.compile(r"[\0-\x1f\x7f-\x9f\u2028\u2029]")
 class OutputLost(Exception):  # noqa: N818 - no error where the reader has merely gone
     """Standard output takes no more; the cause is what the system said."""
 
+    @property
+    def reader_gone(self) -> bool:
+        """Whether nobody reads it any more, as after ``| head -1``."""
+        return isinstance(self.__cause__, BrokenPipeError)
+
 
 def say(*lines: str) -> None:
     """Print lines on standard output, at once; without any, only what waits to be printed.
@@ -28,6 +33,13 @@ def say(*lines: str) -> None:
         print(text, end="", flush=True)
     except OSError as error:
         raise OutputLost(f"standard output cannot be written: {error.strerror or error}") from error
+
+
+def discard_output() -> None:
+    """Let what is printed, and what waits to be, go nowhere from now on."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def _escape(character: re.Match[str]) -> str:
@@ -53,9 +65,8 @@ def run_program(main: Callable[[], int]) -> int:
         finally:
             say()  # of what argparse prints, it ignores the errors
     except OutputLost as lost:
-        # What waits still is tried again at the exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(lost.__cause__, BrokenPipeError):
+        discard_output()  # what waits is tried again at the exit
+        if lost.reader_gone:
             return READER_GONE
         print(f"error: {lost}", file=sys.stderr)
         return REFUSED

@@ -51,6 +51,7 @@ def test_the_programs_are_found():
         "download",
         "export",
         "merge_lora",
+        "prepare_videos",
     }
 
 
