@@ -26,10 +26,8 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.bench.presets import COMPILED, DIFFUSERS, PRESETS, PROJECT, Preset, small
+from scripts.bench.presets import PRESETS, SYSTEMS, Preset, small
 from sgm.errors import one_line
-
-SYSTEMS = (*PROJECT, DIFFUSERS, COMPILED)
 
 
 def run(arguments: argparse.Namespace) -> bool:

@@ -1,6 +1,7 @@
-"""Compare the approximations of ``--optimize fast`` with the exact path.
+"""Compare an approximate level of ``--optimize`` with the exact path.
 
     python scripts/measure_fast.py --photos PHOTOS.safetensors --out benchmarks/results/fast.json
+    python scripts/measure_fast.py --level fp8 ...
 
 Makes a video of every photograph with the bundled model, by both, from the same noise, for several
 numbers of steps: PSNR and SSIM of the frames, the motion that is kept (mean absolute difference of
@@ -14,6 +15,12 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sgm.inference.levels import LEVELS
+from sgm.inference.options import DTYPES
+
 if TYPE_CHECKING:
     from sgm.inference.pictures import Picture
     from sgm.inference.pipeline import VideoPipeline
@@ -24,7 +31,7 @@ STEPS = (4, 8, 25)
 
 
 def compare(
-    exact: "VideoPipeline", fast: "VideoPipeline", picture: "Picture", steps: int
+    exact: "VideoPipeline", other: "VideoPipeline", picture: "Picture", steps: int
 ) -> dict[str, float]:
     """Figures of one picture; dB, and ratios."""
     import numpy as np
@@ -35,7 +42,7 @@ def compare(
 
     options = SamplingOptions(num_steps=steps, seed=1)
     videos, seconds = [], []
-    for pipeline in (exact, fast):
+    for pipeline in (exact, other):
         began = time.perf_counter()
         videos.append(pipeline(picture, options).frames)
         seconds.append(time.perf_counter() - began)
@@ -49,18 +56,20 @@ def compare(
     }
 
 
-def measure(pictures: dict[str, "Picture"], device: str, steps: tuple[int, ...]) -> dict[str, Any]:
-    """Figures by steps and picture."""
+def measure(
+    level: str, pictures: dict[str, "Picture"], device: str, dtype: str, steps: tuple[int, ...]
+) -> dict[str, Any]:
+    """Figures of a level by steps and picture."""
     from sgm.inference.pipeline import VideoPipeline
 
-    exact, fast = (
-        VideoPipeline.from_spec("svd_tiny", device=device, dtype="float32", optimize=optimize)
-        for optimize in ("exact", "fast")
+    exact, other = (
+        VideoPipeline.from_spec("svd_tiny", device=device, dtype=dtype, optimize=optimize)
+        for optimize in ("exact", level)
     )
     table: dict[str, Any] = {}
     for number in steps:
         for name, picture in pictures.items():
-            row = compare(exact, fast, picture, number)
+            row = compare(exact, other, picture, number)
             table.setdefault(str(number), {})[name] = row
             print(number, name, {key: round(value, 3) for key, value in row.items()}, flush=True)
     return table
@@ -87,7 +96,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--level", choices=LEVELS, default="fast")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of both")
     parser.add_argument("--photos", type=Path, help="file of scripts/prepare_photos.py")
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
@@ -109,15 +120,15 @@ def main() -> int:
             name: load_picture(Image.fromarray(photo.movedim(0, -1).numpy()))
             for name, photo in photos.items()
         }
-    table = measure(pictures, arguments.device, tuple(arguments.steps))
-    text = summary(table)
-    print(f"\n{len(pictures)} pictures, svd_tiny, float32\n\n{text}")
+    how = arguments.device, arguments.dtype, tuple(arguments.steps)
+    table = measure(arguments.level, pictures, *how)
+    model = f"svd_tiny, {arguments.dtype}"
+    print(f"\n{arguments.level}: {len(pictures)} pictures, {model}\n\n{summary(table)}")
     if arguments.out:
         device = torch.device(arguments.device)
-        write_figures(arguments.out, device, model="svd_tiny, float32", steps=table)
+        write_figures(arguments.out, device, model=model, level=arguments.level, steps=table)
     return 0
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     sys.exit(main())

@@ -29,7 +29,13 @@ from sgm.models.diffusion import DiffusionEngine
 REFERENCE = "reference"  # the plain networks in full float32, which errors are taken against
 COMPARED = ("unet", "decode", "video")  # stages whose results are compared
 DTYPES = ("float32", "float16", "bfloat16")
-NAMES = {REFERENCE: "this project, plain", "none": "this project, plain", "exact": "this project"}
+NAMES = {
+    REFERENCE: "this project, plain",
+    "none": "this project, plain",
+    "exact": "this project",
+    "exact compiled": "this project, compiled",
+    **{name: f"this project, {name}" for name in ("graphs", "fp8", "fast")},
+}
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,7 @@ class _Measuring:
         for name in self.preset.systems:
             try:
                 made[name] = make_system(name, self.files, engine, self.device, number)
-            except ImportError as error:
+            except (ImportError, ValueError) as error:  # not installed, or not for this device
                 self.left_out[name] = str(error)
         return made
 

@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from scripts.bench.inputs import COND_AUG, FPS_ID, GUIDANCE, MOTION, NOISE_LEVEL, Inputs
-from scripts.bench.models import SEED
+from scripts.bench.models import COMPILATION, SEED
 from scripts.bench.timing import Calls
 from sgm.inference import SamplingOptions, VideoPipeline
-from sgm.inference.conditioning import embed, make_batch
+from sgm.inference.generation import Generation
 from sgm.inference.optimized import OptimizedNetwork
+from sgm.inference.optimized.layers import lay_out_for_accelerator
 from sgm.inference.pictures import load_picture
 from sgm.inference.settings import ModelFiles
 from sgm.inference.videos import Video
@@ -37,8 +38,13 @@ class Ours:
         device: torch.device,
         dtype: torch.dtype,
         optimize: str,
+        compiled: bool = False,
     ) -> None:
         self.pipeline = VideoPipeline(engine, files, device, dtype, optimize)
+        if compiled:
+            network: Any = self.pipeline.placement.network
+            lay_out_for_accelerator(network.unet)  # the compiler has layouts of its own
+            network.unet.compile(**COMPILATION)
 
     def calls(self, given: Inputs) -> Calls:
         """See :class:`System`."""
@@ -98,12 +104,10 @@ class Ours:
         }
 
     def _encode(self, image: Image.Image, options: SamplingOptions) -> Any:
-        pipeline = self.pipeline
         picture = load_picture(image)
-        settings = pipeline.settings(picture, options)
-        pixels = pipeline._prepare(picture, settings)
-        batch = make_batch(pixels, settings, torch.randn(pixels.shape), pipeline.device)
-        return embed(pipeline.engine.conditioner, batch, settings.frames)
+        settings = self.pipeline.settings(picture, options)
+        noise = torch.randn(3, *settings.size)
+        return Generation(self.pipeline.placement, picture, settings).encode(noise)
 
     def _loading(self, folder: Path) -> Callable[[], Any]:
         pipeline, file = self.pipeline, folder / "ours.safetensors"

@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sgm.inference.options import OPTIMIZATIONS
+from sgm.inference.levels import LEVELS
 
 STAGES = ("load", "encode", "condition", "unet", "decode", "write", "video")
-PROJECT = OPTIMIZATIONS  # systems that are levels of --optimize
-DIFFUSERS, COMPILED = "diffusers", "diffusers compiled"
+PROJECT = tuple(LEVELS)  # systems that are levels of --optimize
+DIFFUSERS = "diffusers"
+COMPILED = "exact compiled", "diffusers compiled"
+SYSTEMS = (*PROJECT, DIFFUSERS, *COMPILED)
 
 _NETWORK = "params.network_config.params"
 _EMBEDDERS = "params.conditioner_config.params.emb_models"
@@ -103,7 +105,7 @@ class Preset:
     Attributes:
         model: whose YAML is taken; the weights are random.
         cases: sizes.
-        systems: what is compared: levels of ``--optimize``, diffusers, diffusers compiled.
+        systems: what is compared, of :data:`SYSTEMS`.
         changes: to the YAML's ``model`` section, by dotted path.
         targets: what has to come out.
         section: module of this package that measures.
@@ -163,7 +165,7 @@ PRESETS = {
             Case(25, 576, 1024, {"unet": 7, "decode": 5}, ("bfloat16",)),
             Case(14, 576, 1024, {"unet": 7, "decode": 5}, _HALVES),
         ),
-        ("none", "exact", DIFFUSERS, COMPILED),
+        ("none", "exact", "graphs", "fp8", DIFFUSERS, *COMPILED),
     ),
     "memory": Preset(
         "svd_xt",

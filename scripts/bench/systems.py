@@ -6,7 +6,7 @@ import torch
 
 from scripts.bench.inputs import Inputs
 from scripts.bench.ours import Ours
-from scripts.bench.presets import COMPILED, DIFFUSERS, PROJECT
+from scripts.bench.presets import COMPILED, DIFFUSERS, SYSTEMS
 from scripts.bench.theirs import Diffusers
 from scripts.bench.timing import Calls
 from sgm.inference.settings import ModelFiles
@@ -23,14 +23,15 @@ class System(Protocol):
 def make_system(
     name: str, files: ModelFiles, engine: DiffusionEngine, device: torch.device, dtype: torch.dtype
 ) -> System:
-    """A level of ``--optimize``, or diffusers, on an engine that is on the device in this type.
+    """One of :data:`~scripts.bench.presets.SYSTEMS`, on an engine of this device and type.
 
     Raises:
         ImportError: diffusers is not installed.
         ValueError: another name.
     """
-    if name in PROJECT:
-        return Ours(files, engine, device, dtype, name)
-    if name in (DIFFUSERS, COMPILED):
-        return Diffusers(files, engine, device, dtype, name == COMPILED)
-    raise ValueError(f"systems: expected {', '.join((*PROJECT, DIFFUSERS, COMPILED))}; got {name}")
+    level, compiled = name.removesuffix(" compiled"), name in COMPILED
+    if name not in SYSTEMS:
+        raise ValueError(f"systems: expected {', '.join(SYSTEMS)}; got {name}")
+    if level == DIFFUSERS:
+        return Diffusers(files, engine, device, dtype, compiled)
+    return Ours(files, engine, device, dtype, level, compiled)

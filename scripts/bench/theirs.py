@@ -8,14 +8,10 @@ import torch
 from torch import Tensor
 
 from scripts.bench.inputs import COND_AUG, FPS_ID, GUIDANCE, MOTION, NOISE_LEVEL, Inputs
-from scripts.bench.models import SEED, build_diffusers, lay_channels_last
+from scripts.bench.models import COMPILATION, SEED, build_diffusers, lay_channels_last
 from scripts.bench.timing import Calls
 from sgm.inference.settings import ModelFiles
 from sgm.models.diffusion import DiffusionEngine
-
-# The mode as its page on this model advises; lengths come one after the other, and code for a
-# symbolic one would be slower.
-COMPILATION: Any = {"mode": "reduce-overhead", "dynamic": False}
 
 
 class Diffusers:

@@ -36,8 +36,8 @@ class MemoryPlan:
         halves_in_turn: the two halves of guidance go through the network one after the other.
         feed_forward_chunks: pieces that feed-forwards are computed in.
         stream_weights: the network's blocks are on the host, and fetched one ahead.
-        decode_bands: decode in step (:mod:`sgm.inference.lockstep`) with frames in so many bands;
-            None for whole chunks at once.
+        decode_in_step: layer by layer, one frame at a time (:mod:`sgm.inference.lockstep`); else
+            whole chunks at once.
         park_on_host: what is decoded in step waits in the host's memory.
         decode_chunk: overlapped chunks of frames, an approximation; None for ``decoding_t``.
     """
@@ -47,7 +47,7 @@ class MemoryPlan:
     halves_in_turn: bool = False
     feed_forward_chunks: int = 1
     stream_weights: bool = False
-    decode_bands: int | None = None
+    decode_in_step: bool = False
     park_on_host: bool = False
     decode_chunk: Tiling | None = None
 
@@ -58,7 +58,7 @@ LOW = MemoryPlan(
     unload_between_stages=True,
     halves_in_turn=True,
     feed_forward_chunks=8,
-    decode_bands=1,
+    decode_in_step=True,
     decode_chunk=Tiling(frames=8, frame_overlap=4),
 )
 MIN = MemoryPlan(
@@ -67,15 +67,15 @@ MIN = MemoryPlan(
     halves_in_turn=True,
     feed_forward_chunks=8,
     stream_weights=True,
-    decode_bands=1,  # whole frames are contiguous, which the copies are quick for
+    decode_in_step=True,
     park_on_host=True,
 )
 
 # From the fastest to the smallest. Those between are chosen by ``auto`` alone.
 PLANS = (
     HIGH,
-    MemoryPlan("unload", unload_between_stages=True, decode_bands=1),
-    MemoryPlan("halves", unload_between_stages=True, halves_in_turn=True, decode_bands=1),
+    MemoryPlan("unload", unload_between_stages=True, decode_in_step=True),
+    MemoryPlan("halves", unload_between_stages=True, halves_in_turn=True, decode_in_step=True),
     LOW,
     MIN,
 )

@@ -3,6 +3,7 @@
 import torch
 
 from sgm.device import has_fast_bfloat16
+from sgm.inference.levels import LEVELS
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -27,5 +28,5 @@ def decoder_dtype(device: torch.device, dtype: torch.dtype, optimize: str) -> to
     The optimised decoder holds in float16 what overflows in the plain one; a CPU computes float32
     faster than float16.
     """
-    scaled = optimize != "none" and device.type != "cpu"
+    scaled = LEVELS[optimize].derived and device.type != "cpu"
     return dtype if scaled else first_stage_dtype(dtype)

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from sgm.device import memory_errors
 from sgm.inference.dtypes import decoder_dtype
+from sgm.inference.levels import DEFAULT_LEVEL
 from sgm.inference.progress import duration
 from sgm.inference.settings import SAMPLER_TARGETS, ModelFiles, Settings, guidance_halves
 from sgm.modules.autoencoding.temporal_ae import VideoDecoder
@@ -74,7 +75,7 @@ def stage_seconds(
         rate: of large matrix products, as by `matmul_rate`.
     """
     device, dtype = torch.device(str(settings.options.device)), _dtype(settings)
-    wide = decoder_dtype(device, dtype, settings.options.optimize or "exact")
+    wide = decoder_dtype(device, dtype, settings.options.optimize or DEFAULT_LEVEL)
     sampling, decoding = network / rate(device, dtype), decoder / rate(device, wide)
     return sampling / EFFICIENCY, decoding / EFFICIENCY
 

@@ -31,7 +31,7 @@ M = TypeVar("M", bound=nn.Module)
 _MATTERS: dict[Stage, tuple[str, ...]] = {
     "encoding": (),
     "sampling": ("halves_in_turn", "feed_forward_chunks"),
-    "decoding": ("decode_bands", "park_on_host", "decode_chunk"),
+    "decoding": ("decode_in_step", "park_on_host", "decode_chunk"),
 }
 
 
@@ -163,14 +163,14 @@ def decoder_peak(plain: Any, job: Job, plan: MemoryPlan, optimized: bool) -> int
     def latents(t: int) -> Tensor:
         return torch.empty(t, plain.conv_in.in_channels, *job.size, device="meta", dtype=job.wide)
 
-    if plan.decode_bands is None:
+    if not plan.decode_in_step:
         place = partial(torch.Tensor.to, device="meta", dtype=job.wide)
         decoder = OptimizedDecoder(plain, place) if optimized else meta_copy(plain, job.wide)
         timesteps = {"timesteps": t} if isinstance(plain, VideoDecoder) else {}
         return peak_bytes(lambda: decoder(latents(t), **timesteps))
     t = min(t, 3) if plan.park_on_host else t
     decoder = meta_copy(plain, job.wide)
-    return peak_bytes(lambda: decode_in_step(decoder, latents(t), bands=plan.decode_bands or 1))
+    return peak_bytes(lambda: decode_in_step(decoder, latents(t)))
 
 
 def meta_copy(module: M, dtype: torch.dtype) -> M:

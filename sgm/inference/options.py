@@ -15,9 +15,10 @@ from pathlib import PurePath
 from textwrap import TextWrapper
 from typing import Any, Self
 
+from sgm.inference.levels import DEFAULT_LEVEL, LEVELS
+
 GUIDANCE_SHAPES = ("constant", "linear", "triangle", "trapezoid", "none")
 SAMPLERS = ("euler", "heun", "euler_ancestral", "dpmpp_2s_ancestral", "dpmpp_2m", "lms", "lcm")
-OPTIMIZATIONS = ("none", "exact", "fast")
 MEMORY_MODES = ("auto", "high", "low", "min")
 DTYPES = ("float32", "float16", "bfloat16")
 FITS = ("cover", "contain", "stretch")
@@ -159,11 +160,10 @@ class SamplingOptions:
         "device", "Where to compute.", group="expert", unset="the fastest there is"
     )
     optimize: str | None = _choice(
-        "Networks as written (none), the same numbers from less work (exact), or also two "
-        "approximations: deep features serve two steps, no guidance below noise level 0.3 (fast).",
-        OPTIMIZATIONS,
+        f"How the networks compute: {'; '.join(f'{v.about} ({k})' for k, v in LEVELS.items())}.",
+        tuple(LEVELS),
         group="expert",
-        unset="exact",
+        unset=DEFAULT_LEVEL,
     )
     memory: str | None = _choice(
         "How much of a CUDA device to take: all at once (high), less and slower (low, min), or the "

@@ -1,6 +1,5 @@
 """The parts of a model on the device where they compute: all at once, or each for its stage."""
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -12,19 +11,17 @@ from torch import Tensor, nn
 
 from sgm.inference.budget import HIGH, MemoryPlan, Needs, Stage, free_bytes, plan_memory
 from sgm.inference.dtypes import decoder_dtype, first_stage_dtype
+from sgm.inference.levels import DEFAULT_LEVEL, LEVELS, Level
 from sgm.inference.lockstep import DecoderInStep
 from sgm.inference.needs import Job, blocks_of, count_needs, meta_copy
 from sgm.inference.optimized import OptimizedDecoder, OptimizedNetwork, Place
+from sgm.inference.optimized.eight_bits import require_eight_bits, use_eight_bits
 from sgm.inference.optimized.layers import lay_out_for_accelerator
 from sgm.inference.optimized.scaling import FLOAT16_SCALE, scale_stream
 from sgm.inference.optimized.unet import OptimizedUNet
 from sgm.inference.settings import Settings, guidance_halves
 from sgm.inference.streaming import Streamed, weight_bytes
 from sgm.models.diffusion import DiffusionEngine
-
-# The approximations of ``fast``, as measured on the bundled model (docs/performance.md).
-FAST_REUSE = 2
-FAST_GUIDED = (0.3, math.inf)
 
 Report = Callable[[int, int], None]
 
@@ -40,18 +37,20 @@ class Placement:
         engine: with weights.
         device: where to compute.
         dtype: of the U-Net; the autoencoders may need a wider one.
-        optimize: ``none`` for the plain networks, ``exact`` for the optimised ones, ``fast`` for
-            those with deep features that serve :data:`FAST_REUSE` calls.
+        optimize: a level of :data:`sgm.inference.levels.LEVELS`.
         plan: what is on the device at once. Only CUDA devices have memory of their own, so
             elsewhere nothing is moved between stages.
         report: called with the bytes that are placed, and all that will be.
 
     Attributes:
+        dtype: of the U-Net.
+        decoder_dtype: of the decoder.
+        level: what was done to the networks.
         network: called as the engine's ``model``.
         decoder: called as the first stage's ``decoder``.
 
     Raises:
-        ValueError: a plan that plain networks do not have.
+        ValueError: a plan that a level does not have, or a device or type that it is not for.
     """
 
     def __init__(
@@ -59,18 +58,23 @@ class Placement:
         engine: DiffusionEngine,
         device: torch.device,
         dtype: torch.dtype,
-        optimize: str = "exact",
+        optimize: str = DEFAULT_LEVEL,
         plan: MemoryPlan = HIGH,
         report: Report | None = None,
     ) -> None:
-        if optimize == "none" and plan != HIGH:
-            raise ValueError(f"memory {plan.name} needs --optimize exact or fast, got none")
+        level = LEVELS[optimize]
+        if plan != HIGH and not level.moves:
+            *others, last = (name for name, each in LEVELS.items() if each.moves)
+            able = f"{', '.join(others)} or {last}"
+            raise ValueError(f"memory {plan.name} needs --optimize {able}, got {optimize}")
+        require_level(level, device, dtype)
         engine.eval().requires_grad_(False)
         self.engine, self.device, self.plan = engine, device, plan
+        self.dtype, self.level = dtype, level
         moves = plan.unload_between_stages and device.type == "cuda"
         self._loading = _Loading(torch.device("cpu") if moves else device, report)
         encoders = list(encoding_parts(engine, dtype))
-        decoding = decoder_dtype(device, dtype, optimize)
+        self.decoder_dtype = decoding = decoder_dtype(device, dtype, optimize)
         decoder: Any = engine.first_stage_model.decoder
         # Around the decoder: the 1x1 convolution of the image autoencoder.
         self._around = _without(engine.first_stage_model, "encoder", "decoder")
@@ -81,31 +85,31 @@ class Placement:
             self._loading.bring(part, number)
         self.network: Callable[..., Tensor] = engine.model
         self.decoder: nn.Module = decoder
-        if optimize == "none":
+        if level.derived:
+            self.network = self._make_network(dtype, level)
+            self.decoder = self._make_decoder(decoding)
+        else:
             self._loading.bring(engine.model, dtype)
             self._loading.bring(decoder, decoding)
-        else:
-            self.network = self._make_network(dtype, FAST_REUSE if optimize == "fast" else 1)
-            self.decoder = self._make_decoder(decoding)
         engine.denoiser.to(device)  # a discrete one has a table of noise levels
         self._loading.finish(device)
         self._stages = self._make_stages([part for part, _ in encoders]) if moves else {}
 
-    def _make_network(self, dtype: torch.dtype, reuse: int) -> OptimizedNetwork:
-        clips = 1 if self.plan.halves_in_turn else None
-        network = OptimizedNetwork(self.engine.model, self._loading.to(dtype), clips, reuse)
-        network.unet.split_feed_forwards(self.plan.feed_forward_chunks)
+    def _make_network(self, dtype: torch.dtype, level: Level) -> OptimizedNetwork:
+        clips, place = 1 if self.plan.halves_in_turn else None, self._loading.to(dtype)
+        network = OptimizedNetwork(self.engine.model, place, clips, level.reuse, level.records)
+        _shape(network.unet, self.plan, level)
         return network
 
     def _make_decoder(self, dtype: torch.dtype) -> nn.Module:
         decoder: Any = self.engine.first_stage_model.decoder
         if dtype == torch.float16:
             decoder = scale_stream(decoder, FLOAT16_SCALE)
-        if self.plan.decode_bands is None:
+        if not self.plan.decode_in_step:
             return OptimizedDecoder(decoder, self._loading.to(dtype))
         self._loading.bring(decoder, dtype)
         store = "cpu" if self.plan.park_on_host else None
-        return DecoderInStep(decoder, bands=self.plan.decode_bands, store=store)
+        return DecoderInStep(decoder, store=store)
 
     def _make_stages(self, encoders: list[nn.Module]) -> dict[Stage, list[Streamed]]:
         """For each stage, what brings its weights to the device."""
@@ -136,6 +140,18 @@ class Placement:
             yield
 
 
+def require_level(level: Level, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse a level that a device or type is not for.
+
+    Raises:
+        ValueError: with what would do.
+    """
+    if level.records and device.type != "cuda":
+        raise ValueError(f"--optimize graphs needs a CUDA device, got {device}: take exact")
+    if level.eight_bits:
+        require_eight_bits(device, dtype)
+
+
 def encoding_parts(
     engine: DiffusionEngine, dtype: torch.dtype
 ) -> Iterator[tuple[nn.Module, torch.dtype]]:
@@ -162,7 +178,7 @@ def choose_plan(
     options = settings.options
     device = torch.device(str(options.device))
     mode = options.memory or "auto"
-    if mode == "auto" and (options.optimize == "none" or device.type != "cuda"):
+    if mode == "auto" and not (device.type == "cuda" and LEVELS[str(options.optimize)].moves):
         return HIGH
     free = free_bytes(device) if free is None else free
     return plan_memory(mode, free, needs)
@@ -178,6 +194,7 @@ def needs_of(engine: DiffusionEngine, settings: Settings) -> Needs:
     options = settings.options
     device = torch.device(str(options.device))
     dtype: torch.dtype = getattr(torch, str(options.dtype))
+    level = LEVELS[str(options.optimize)]
     plain: Any = engine.model.diffusion_model
     f = engine.first_stage_model.downsampling
     unit = f * plain.downsampling
@@ -192,14 +209,21 @@ def needs_of(engine: DiffusionEngine, settings: Settings) -> Needs:
     )
 
     def make_network(plan: MemoryPlan) -> nn.Module:
-        if options.optimize == "none":
+        if not level.derived:
             return meta_copy(plain, dtype)
         unet = OptimizedUNet(plain, partial(torch.Tensor.to, device="meta", dtype=dtype))
-        unet.split_feed_forwards(plan.feed_forward_chunks)
+        _shape(unet, plan, level)
         return unet
 
     encoders = list(encoding_parts(engine, dtype))
-    return count_needs(engine, job, encoders, make_network, options.optimize != "none")
+    return count_needs(engine, job, encoders, make_network, level.derived)
+
+
+def _shape(unet: OptimizedUNet, plan: MemoryPlan, level: Level) -> None:
+    """Give a network the form that a plan and a level ask for."""
+    unet.split_feed_forwards(plan.feed_forward_chunks)
+    if level.eight_bits:
+        use_eight_bits(unet)
 
 
 class _Loading:

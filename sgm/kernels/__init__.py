@@ -15,6 +15,7 @@ when a CUDA tensor first arrives: before a CUDA graph is captured.
 
 from typing import Any
 
+import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -75,6 +76,7 @@ def residual_layer_norm(
     weight: Tensor,
     bias: Tensor,
     eps: float,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A residual sum and its LayerNorm (arXiv 1607.06450, equations 3 and 4).
 
@@ -85,6 +87,7 @@ def residual_layer_norm(
         weight: (c,).
         bias: (c,).
         eps: added to the variance.
+        dtype: of the norm; None for that of ``x``.
 
     Returns:
         ``x + delta + shift``, which is ``x`` itself where there is nothing to add, and its norm
@@ -96,15 +99,17 @@ def residual_layer_norm(
     _require_affine(x.shape[2], weight, bias)
     _require_addends(x, delta, shift)
     x, delta = _contiguous(x, delta)
-    return form_for(x).residual_layer_norm(x, delta, shift, weight, bias, eps)
+    form = form_for(x)
+    return form.residual_layer_norm(x, delta, shift, weight, bias, eps, dtype or x.dtype)
 
 
-def geglu(x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``(value + bias_value) * gelu(gate + bias_gate)``: GEGLU (arXiv 2002.05202, equation 6).
+def geglu(x: Tensor, scale: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """``value * gelu(gate) * scale``: GEGLU (arXiv 2002.05202, equation 6) of a linear layer.
 
     Args:
-        x: (..., 2 f), values, then gates: the product with a weight.
-        bias: (2 f,), or None where ``x`` has it already, which is the quickest on a CPU.
+        x: (..., 2 f), values, then gates.
+        scale: (f,), or None for ones.
+        dtype: of the result; None for that of ``x``.
 
     Returns:
         (..., f).
@@ -114,9 +119,10 @@ def geglu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     width = x.shape[-1]
     _require(width % 2 == 0, "an even number of channels", width)
-    _require(bias is None or bias.shape == (width,), f"a bias of shape ({width},)", bias)
+    half = width // 2
+    _require(scale is None or scale.shape == (half,), f"a scale of shape ({half},)", scale)
     (x,) = _contiguous(x)
-    return form_for(x).geglu(x, bias)
+    return form_for(x).geglu(x, scale, dtype or x.dtype)
 
 
 def blend(

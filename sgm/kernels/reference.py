@@ -63,21 +63,20 @@ def residual_layer_norm(
     weight: Tensor,
     bias: Tensor,
     eps: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`sgm.kernels.residual_layer_norm`."""
     total = x if delta is None else x + delta
     if shift is not None:
         total = _add_shift(total, shift, in_place=delta is not None)
-    return total, F.layer_norm(total, weight.shape, weight, bias, eps)
+    return total, F.layer_norm(total, weight.shape, weight, bias, eps).to(dtype)
 
 
-def geglu(x: Tensor, bias: Tensor | None) -> Tensor:
+def geglu(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """See :func:`sgm.kernels.geglu`."""
     value, gate = x.chunk(2, dim=-1)
-    if bias is None:
-        return F.gelu(gate).mul_(value)
-    bias_value, bias_gate = bias.chunk(2)
-    return torch.ops.aten.gelu_(gate + bias_gate).mul_(value + bias_value)
+    out = F.gelu(gate).mul_(value)
+    return (out if scale is None else out.mul_(scale)).to(dtype)
 
 
 def blend(

@@ -73,6 +73,11 @@ class AutoencodingEngine(nn.Module):
         """Pixels per latent along an edge: f."""
         return int(2 ** (len(self.decoder.up) - 1))
 
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents: z."""
+        return int(self.decoder.conv_in.in_channels)
+
     def moments(self, x: Tensor) -> Tensor:
         """(n, 3, h, w) in [-1, 1] -> (n, 2 z, h / f, w / f)."""
         return self.encoder(x)
@@ -148,6 +153,11 @@ class AutoencoderKL(AutoencodingEngine):
         self.post_quant_conv = nn.Conv2d(embed_dim, z, 1)
         if ckpt_path is not None:
             load_checkpoint(self, ckpt_path)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents: z."""
+        return self.post_quant_conv.in_channels
 
     def moments(self, x: Tensor) -> Tensor:
         """(n, 3, h, w) in [-1, 1] -> (n, 2 z, h / f, w / f)."""

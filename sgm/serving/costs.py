@@ -25,6 +25,7 @@ from sgm.checkpoint.room import in_bytes
 from sgm.device import device_name, memory_errors
 from sgm.inference.budget import USABLE, MemoryPlan, Needs, free_bytes
 from sgm.inference.estimate import count_flops, matmul_rate, network_calls, stage_seconds
+from sgm.inference.levels import LEVELS
 from sgm.inference.placement import choose_plan, needs_of
 from sgm.inference.settings import ModelFiles, Settings, guidance_halves
 from sgm.models.diffusion import DiffusionEngine
@@ -239,7 +240,7 @@ class Costs:
 def _changes_that_fit(settings: Settings, fits: Callable[..., bool]) -> Iterator[str]:
     """In words, for each way to need less, the least change that is enough, if any is."""
     options, (height, width) = settings.options, settings.size
-    movable = _device(settings).type == "cuda" and options.optimize != "none"
+    movable = _device(settings).type == "cuda" and LEVELS[str(options.optimize)].moves
     if movable and options.memory != "min" and fits(memory="min"):
         yield "memory min"
     at_once = min(options.decoding_t or 1, settings.frames)

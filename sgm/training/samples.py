@@ -16,6 +16,7 @@ from sgm.config import build
 from sgm.data.evaluation import Row, by_bucket, evaluate, mean, rank_correlations
 from sgm.data.metrics import Frames
 from sgm.data.motion import bucket_to_flow
+from sgm.inference.levels import DEFAULT_LEVEL
 from sgm.inference.options import SamplingOptions
 from sgm.inference.pictures import fit_picture, load_picture
 from sgm.inference.pipeline import VideoPipeline
@@ -98,7 +99,7 @@ class Videos(Every):
             self.files,
             module.device,
             getattr(torch, self.options.dtype) if self.options.dtype else None,
-            self.options.optimize or "exact",
+            self.options.optimize or DEFAULT_LEVEL,
         )
         shown = list(self._shown(trainer, pipeline))
         return self._numbers(shown) | self._distance(pipeline)

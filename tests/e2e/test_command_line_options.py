@@ -9,7 +9,9 @@ import torch
 from omegaconf import OmegaConf
 
 from sgm.inference import SamplingOptions, VideoPipeline
+from sgm.inference.generation import cropped, padded
 from sgm.inference.pictures import load_picture
+from tests.recorded import noise
 from tests.tiny import tiny_config, write_tiny_checkpoint
 
 QUICK = SamplingOptions(num_frames=2, num_steps=1)
@@ -101,13 +103,14 @@ def test_any_size_comes_out_exactly(pipeline, size):
     )
 
 
-def test_padding_is_cropped_where_it_was_put(pipeline):
+def test_padding_is_cropped_where_it_was_put():
     """The frames of a padded size are the middle of those of the padded picture."""
-    settings = pipeline.settings(picture(), QUICK.replace(height=66, width=70))
-    padded = pipeline._prepare(picture(), settings)
-    assert padded.shape == (3, 72, 72)
-    inner = pipeline._crop(padded, settings)
-    assert torch.equal(inner, padded[:, 3:69, 1:71])
+    pixels = noise("pixels", 3, 66, 70)
+    wide = padded(pixels, 8)
+    assert wide.shape == (3, 72, 72)
+    assert torch.equal(wide[:, 3:69, 1:71], pixels)
+    assert torch.equal(cropped(wide, (66, 70)), pixels)
+    assert padded(noise("thin", 3, 1, 9), 8).shape == (3, 8, 16)  # no row to mirror
 
 
 def test_one_side_alone_keeps_the_orientation_of_the_picture(load, monkeypatch):

@@ -24,16 +24,16 @@ def load(tmp_path_factory):
     weights = write_tiny_checkpoint(folder / "svd_tiny.safetensors")
     OmegaConf.save(tiny_config(ckpt_path=str(weights)), folder / "svd_tiny.yaml")
 
-    def load(device, dtype):
+    def load(device, dtype, **how):
         config = folder / "svd_tiny.yaml"
-        return VideoPipeline.from_spec("svd_tiny", config=config, device=device, dtype=dtype)
+        return VideoPipeline.from_spec("svd_tiny", config=config, device=device, dtype=dtype, **how)
 
     return load
 
 
-def run(pipeline, output):
+def run(pipeline, output, steps=2):
     picture = np.random.default_rng(0).integers(0, 255, (80, 120, 3), dtype=np.uint8)
-    options = SamplingOptions(num_frames=4, num_steps=2, decoding_t=2, output=output)
+    options = SamplingOptions(num_frames=4, num_steps=steps, decoding_t=2, output=output)
     return pipeline(picture, options)
 
 
@@ -49,3 +49,20 @@ def test_frames_agree_with_the_cpu(load):
     expected = run(load("cpu", "float32"), "frames").frames.astype(int)
     out = run(load("cuda", "float32"), "frames").frames.astype(int)
     assert np.abs(out - expected).max() <= 2
+
+
+def test_recorded_steps_are_the_same_steps(load, monkeypatch):
+    """Catches: a step that cannot be recorded, inputs that a recording does not see; twice, so
+    that the second video does not play back the first."""
+    monkeypatch.setattr("sgm.inference.optimized.replay.LAUNCH_BOUND", 0.0)
+    exact, graphs = (load("cuda", "float16", optimize=level) for level in ("exact", "graphs"))
+    for steps in (4, 6):
+        assert torch.equal(run(graphs, "latents", steps), run(exact, "latents", steps))
+
+
+def test_products_of_8_bits_are_close(load):
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs an Ada or Hopper GPU")
+    expected = run(load("cpu", "float32", optimize="fp8"), "latents")
+    out = run(load("cuda", "float16", optimize="fp8"), "latents").cpu()
+    assert (out - expected).norm() < 5e-2 * expected.norm()

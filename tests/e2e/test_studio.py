@@ -19,8 +19,8 @@ from PIL import Image, ImageFile
 from scripts.sampling import simple_video_sample
 from sgm.inference import specs
 from sgm.inference.budget import MIN
+from sgm.inference.generation import Generation
 from sgm.inference.options import SamplingOptions
-from sgm.inference.pipeline import VideoPipeline
 from sgm.inference.videos import Video
 from sgm.serving.gallery import Run
 from sgm.serving.limits import Limits
@@ -421,13 +421,13 @@ def test_a_too_large_order_does_not_cost_others_the_model(studio, monkeypatch):
 
 def test_the_plan_in_force_at_the_end_is_noted(limited, monkeypatch):
     # Catches: a run noted under the memory plan that it had no room for.
-    studio, run = limited(), VideoPipeline._sample
+    studio, sample = limited(), Generation.sample
 
-    def step_down(pipeline, *args, **kwargs):
-        pipeline.placement.plan = MIN
-        return run(pipeline, *args, **kwargs)
+    def step_down(generation, *args):
+        generation._placement.plan = MIN
+        return sample(generation, *args)
 
-    monkeypatch.setattr(VideoPipeline, "_sample", step_down)
+    monkeypatch.setattr(Generation, "sample", step_down)
     made(studio, ALICE)
     (line,) = (studio.limits.output_folder / MEASUREMENTS).read_text().splitlines()
     assert json.loads(line)["plan"] == MIN.name
@@ -439,7 +439,7 @@ def test_an_error_of_the_device_is_told_as_such(studio, monkeypatch):
         raise MemoryError("out of memory: try something")
 
     with monkeypatch.context() as patch:
-        patch.setattr("sgm.inference.pipeline.VideoPipeline._sample", run_out)
+        patch.setattr(Generation, "sample", run_out)
         ticket = studio.submit(ALICE, order(num_frames=6))
         with pytest.raises(MemoryError, match=r"svd_tiny takes about .*; this would fit: "):
             ticket.result()

@@ -100,7 +100,7 @@ ROWS = torch.zeros(3, 96)
         ),
         (lambda: kernels.residual_layer_norm(X, None, None, V[1:], V, 1e-5), "got (95,)"),
         (lambda: kernels.geglu(X[..., 1:]), "an even number of channels, got 95"),
-        (lambda: kernels.geglu(X, V[1:]), "a bias of shape (96,), got (95,)"),
+        (lambda: kernels.geglu(X, V[1:]), "a scale of shape (48,), got (95,)"),
         (lambda: kernels.blend(X, X[:, 1:], None, None, 0.5), "got (4, 4, 96)"),
         (lambda: kernels.blend(X, X, None, ROWS, 0.5), "of 4, 96), got (3, 96)"),
         (lambda: kernels.blend(X, X, None, None, V), "alpha of shape (4,), got (96,)"),
@@ -141,8 +141,14 @@ def call_all(n, s, c, heads, dtype):
     kernels.blend(x, x, None, None, 0.5)
     kernels.blend(x, x, x, shift, x[:, 0, 0])
     kernels.geglu(qkv[..., : 2 * c])
-    kernels.geglu(qkv[..., : 2 * c], qkv[0, 0, : 2 * c])
+    kernels.geglu(qkv[..., : 2 * c], qkv[0, 0, :c])
     kernels.temporal_attention(qkv, heads, n)
+
+
+def call_with_8_bits(n, s, c, dtype):
+    x, vector = torch.zeros(n, s, 2 * c, dtype=dtype), torch.zeros(2 * c, dtype=dtype)
+    kernels.residual_layer_norm(x, x, None, vector, vector, 1e-5, torch.float8_e4m3fn)
+    kernels.geglu(x, vector[:c], torch.float8_e4m3fn)
 
 
 @pytest.mark.skipif(CUDA, reason="the kernels run here")
@@ -169,6 +175,9 @@ def test_triton_compiles_its_form(capability, dtype, monkeypatch, tmp_path):
     with kernels.use("triton"):
         call_all(25, 30, 320, 5, dtype)
         call_all(1, 1, 1, 1, dtype)
-    attention = 2 if dtype == torch.bfloat16 else 0
-    assert len(compiled) == 2 * (3 + 3 + 2 + 2 + 2) + attention
+        expected = 2 * (3 + 3 + 2 + 2 + 2)
+        if capability == 90:
+            call_with_8_bits(25, 30, 320, dtype)
+            expected += 2 + 2  # and attention, twice
+    assert len(compiled) == expected
     assert all(kernel.asm["cubin"] for kernel in compiled)

@@ -8,6 +8,7 @@ import torch
 
 from sgm.inference import SamplingOptions, VideoPipeline
 from sgm.inference.budget import HIGH, LOW, MIN
+from sgm.inference.generation import Generation
 from sgm.inference.placement import Placement, choose_plan, needs_of
 from sgm.inference.progress import SamplingStopped
 from sgm.inference.settings import resolve
@@ -120,18 +121,18 @@ def test_nothing_of_a_run_is_kept_after_sampling(monkeypatch):
     stopped."""
     made = pipeline(optimize="fast")
     network, seen = made.placement.network, []
-    real = made._decode
+    real = Generation.decode
 
     def decode(*args):
-        seen.append((network._conditions, network._deep))
+        seen.append(list(network._parts))
         return real(*args)
 
-    monkeypatch.setattr(made, "_decode", decode)
+    monkeypatch.setattr(Generation, "decode", decode)
     made(PICTURE, OPTIONS)
-    assert seen == [([], [])]
+    assert seen == [[]]
     with pytest.raises(SamplingStopped):
         made(PICTURE, OPTIONS, callback=lambda progress: progress.stage != "sampling")
-    assert (network._conditions, network._deep) == ([], [])
+    assert network._parts == []
 
 
 @pytest.mark.parametrize("how", [{"memory": "min"}, {"optimize": "none"}])
@@ -147,9 +148,17 @@ def test_the_last_plan_gives_up(how):
         made(PICTURE, OPTIONS)
 
 
-def test_networks_as_written_have_one_plan():
-    with pytest.raises(ValueError, match="memory low needs --optimize exact or fast, got none"):
-        pipeline(memory="low", optimize="none")
+@pytest.mark.parametrize("level", ["none", "graphs"])
+def test_levels_whose_weights_stay_have_one_plan(level):
+    with pytest.raises(
+        ValueError, match=f"memory low needs --optimize exact, fp8 or fast, got {level}"
+    ):
+        Placement(pipeline().engine, torch.device("cpu"), torch.float32, level, LOW)
+
+
+def test_recorded_steps_need_a_device_that_records():
+    with pytest.raises(ValueError, match="--optimize graphs needs a CUDA device, got cpu"):
+        pipeline(optimize="graphs")
 
 
 @pytest.mark.parametrize(

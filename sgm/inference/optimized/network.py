@@ -1,13 +1,15 @@
 """The optimised U-Net in the place of the plain one: same call, same result."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from sgm.inference.optimized.layers import Place
+from sgm.inference.optimized.replay import Replay
 from sgm.inference.optimized.unet import Condition, OptimizedUNet, fits
 from sgm.modules.diffusionmodules.video_model import VideoUNet
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
@@ -28,6 +30,8 @@ class OptimizedNetwork:
         clips_at_once: clips that go through the network together, so that 1 takes the two halves
             of guidance in turn: half the memory for the same numbers; None for all.
         reuse: calls that share their deep features; 1 shares none, more is an approximation.
+        records: calls are recorded as CUDA graphs (:class:`~sgm.inference.optimized.replay.Replay`)
+            on such devices; not with ``reuse``.
     """
 
     def __init__(
@@ -36,15 +40,15 @@ class OptimizedNetwork:
         place: Place,
         clips_at_once: int | None = None,
         reuse: int = 1,
+        records: bool = False,
     ) -> None:
-        self._plain, self._place, self._clips, self._reuse = plain, place, clips_at_once, reuse
+        self._plain, self._place, self._clips = plain, place, clips_at_once
+        self._reuse, self._records = reuse, records
         self._network = cast(VideoUNet, plain.diffusion_model)
         self.unet = OptimizedUNet(self._network, place)
         self._plain_placed = False
         self._given: Mapping[str, Tensor] | None = None
-        self._conditions: list[Condition] = []
-        self._deep: list[Tensor | None] = []
-        self._calls = 0
+        self._parts: list[_Part] = []
 
     def __call__(
         self,
@@ -57,24 +61,23 @@ class OptimizedNetwork:
         """(b t, z, h, w) -> (b t, z, h, w); the arguments are those of the plain wrapper."""
         rows = (self._clips or len(x)) * num_video_frames
         if c is not self._given:
-            parts = _parts(c, image_only_indicator, len(x), rows, num_video_frames)
-            conditions = (self.unet.condition(*part) for part in parts)
-            self._conditions = list(conditions) if fits(self._network, c) else []
-            self._given, self._calls = c, 0
-        if not self._conditions:
+            given = _split(c, image_only_indicator, len(x), rows, num_video_frames)
+            conditions = (self.unet.condition(*each) for each in given)
+            self._parts = list(map(self._part, conditions)) if fits(self._network, c) else []
+            self._given = c
+        if not self._parts:
             return self._by_plain_network(x, t, c, num_video_frames, image_only_indicator)
-        if self._calls % self._reuse == 0:
-            self._deep = [None] * len(self._conditions)
-        self._calls += 1
-        levels = t.split(rows) if len(t) > 1 else [t] * len(self._conditions)
-        calls = zip(self._place(x).split(rows), levels, self._conditions, self._deep, strict=True)
-        outs, deep = zip(*(self.unet(*call) for call in calls), strict=True)
-        self._deep = list(deep) if self._reuse > 1 else []
-        return torch.cat(outs).to(x.dtype)
+        latents = self._place(x).split(rows)
+        levels = t.split(rows) if len(t) > 1 else [t] * len(self._parts)
+        calls = zip(self._parts, latents, levels, strict=True)
+        return torch.cat([part(x, t) for part, x, t in calls]).to(x.dtype)
 
     def forget(self) -> None:
         """Give up what is kept of a run: the next call makes it anew."""
-        self._given, self._conditions, self._deep = None, [], []
+        self._given, self._parts = None, []
+
+    def _part(self, condition: Condition) -> "_Part":
+        return _Part(self.unet, condition, self._reuse, self._records)
 
     def _by_plain_network(
         self, x: Tensor, t: Tensor, c: Mapping[str, Tensor], frames: int, images: Tensor | None
@@ -87,7 +90,38 @@ class OptimizedNetwork:
         return self._plain(x, t, c, num_video_frames=frames, image_only_indicator=images)
 
 
-def _parts(
+class _Part:
+    """The network on some of the clips, and what it keeps of their run.
+
+    Args:
+        unet: the network.
+        condition: of these clips.
+        reuse: calls that share their deep features.
+        records: calls are recorded, on CUDA.
+    """
+
+    def __init__(
+        self, unet: OptimizedUNet, condition: Condition, reuse: int, records: bool
+    ) -> None:
+        self._step: Callable[..., tuple[Tensor, Tensor]] = partial(unet, condition=condition)
+        device = condition.rows[0].positions.device
+        if records and device.type == "cuda":
+            self._step = Replay(partial(unet, condition=condition), device)
+        self._reuse, self._calls = reuse, 0
+        self._deep: dict[str, Tensor] = {}
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """(n, z, h, w) and noise levels -> (n, z, h, w)."""
+        if self._calls % self._reuse == 0:
+            self._deep = {}
+        self._calls += 1
+        out, deep = self._step(x, t, **self._deep)
+        if self._reuse > 1:
+            self._deep = {"deep": deep}
+        return out
+
+
+def _split(
     c: Mapping[str, Tensor], images: Tensor | None, n: int, rows: int, frames: int
 ) -> Iterator[tuple[dict[str, Tensor], int, Tensor | None]]:
     """The conditioning of every part of the rows, as :meth:`OptimizedUNet.condition` takes it."""

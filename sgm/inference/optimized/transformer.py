@@ -42,10 +42,15 @@ class Rows:
 
 
 class LayerNorm(nn.Module):
-    """A residual sum and its LayerNorm; see :func:`sgm.kernels.residual_layer_norm`."""
+    """A residual sum and its LayerNorm; see :func:`sgm.kernels.residual_layer_norm`.
+
+    Attributes:
+        dtype: of the norm; None for that of the sum.
+    """
 
     weight: Tensor
     bias: Tensor
+    dtype: torch.dtype | None = None
 
     def __init__(self, plain: nn.LayerNorm, place: Place) -> None:
         super().__init__()
@@ -57,7 +62,8 @@ class LayerNorm(nn.Module):
         self, x: Tensor, delta: Tensor | None = None, shift: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """(n, s, c) -> the sum and its norm, both (n, s, c)."""
-        return kernels.residual_layer_norm(x, delta, shift, self.weight, self.bias, self.eps)
+        affine = self.weight, self.bias, self.eps
+        return kernels.residual_layer_norm(x, delta, shift, *affine, self.dtype)
 
 
 class Attention(nn.Module):
@@ -66,7 +72,7 @@ class Attention(nn.Module):
     def __init__(self, plain: CrossAttention, place: Place) -> None:
         super().__init__()
         self.heads = plain.heads
-        self.qkv = Linear.joined([plain.to_q, plain.to_k, plain.to_v], place)
+        self.qkv: Any = Linear.joined([plain.to_q, plain.to_k, plain.to_v], place)
         self.out = Linear.of(plain.to_out[0], place)
 
     def over_space(self, x: Tensor) -> Tensor:
@@ -83,14 +89,20 @@ class FeedForward(nn.Module):
 
     Attributes:
         pieces: that a device other than a CPU computes one after the other, to need less memory.
+        scale: (4 c,), what the inside is multiplied by, or None.
+        inside: type of the inside, or None for that of the layer.
     """
 
     pieces = 1
+    scale: Tensor | None
+    inside: torch.dtype | None = None
 
     def __init__(self, plain: PlainFeedForward, place: Place) -> None:
         super().__init__()
         gated: Any = plain.net[0]
-        self.widen, self.narrow = Linear.of(gated.proj, place), Linear.of(plain.net[2], place)
+        self.widen: Any = Linear.of(gated.proj, place)
+        self.narrow: Any = Linear.of(plain.net[2], place)
+        self.register_buffer("scale", None)
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, s, c) -> (n, s, c)."""
@@ -98,7 +110,7 @@ class FeedForward(nn.Module):
         on_cpu = x.device.type == "cpu"
         rows = _CPU_ELEMENTS // x.shape[-1] if on_cpu else ceil(len(tokens) / self.pieces)
         parts = [
-            self.narrow(kernels.geglu(self.widen(part), None))
+            self.narrow(kernels.geglu(self.widen(part), self.scale, self.inside))
             for part in tokens.split(max(1, rows))
         ]
         return (torch.cat(parts) if len(parts) > 1 else parts[0]).view_as(x)

@@ -20,13 +20,14 @@ def residual_layer_norm(
     weight: Tensor,
     bias: Tensor,
     eps: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`sgm.kernels.residual_layer_norm`."""
     n, s, c = x.shape
     channels = triton.next_power_of_2(c)
     tokens = max(1, _TILE // channels)
     total = x if delta is None and shift is None else torch.empty_like(x)
-    normed = torch.empty_like(x)
+    normed = torch.empty_like(x, dtype=dtype)
     with torch.cuda.device_of(x):
         _kernel[(triton.cdiv(n * s, tokens),)](
             x, delta, *shift_rows(shift), weight, bias, total, normed, n * s, s, c, eps,

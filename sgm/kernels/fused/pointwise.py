@@ -13,14 +13,14 @@ from sgm.kernels.fused.tiles import CHANNELS, POSITIONS, grid, place, shift_rows
 _TILE = {"POSITIONS": POSITIONS, "CHANNELS": CHANNELS}
 
 
-def geglu(x: Tensor, bias: Tensor | None) -> Tensor:
+def geglu(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """See :func:`sgm.kernels.geglu`."""
     width = x.shape[-1] // 2
     tokens = x.numel() // x.shape[-1]
     length = stretch_length(1, tokens, width)
-    out = x.new_empty((*x.shape[:-1], width))
+    out = x.new_empty((*x.shape[:-1], width), dtype=dtype)
     with torch.cuda.device_of(x):
-        _geglu[grid(1, tokens, width, length)](x, bias, out, tokens, width, length, **_TILE)
+        _geglu[grid(1, tokens, width, length)](x, scale, out, tokens, width, length, **_TILE)
     return out
 
 
@@ -42,7 +42,7 @@ def blend(
 @triton.jit
 def _geglu(
     x: tl.tensor,
-    bias: tl.tensor,
+    scale: tl.tensor,
     out: tl.tensor,
     tokens: tl.tensor,
     width: tl.tensor,
@@ -54,19 +54,17 @@ def _geglu(
     _, token, count, channels, exists = place(tokens, width, length, CHANNELS)
     x += token * 2 * width + channels
     out += token * width + channels
-    if bias is not None:
-        bias_value = tl.load(bias + channels, exists, 0).to(tl.float32)
-        bias_gate = tl.load(bias + width + channels, exists, 0).to(tl.float32)
+    if scale is not None:
+        factor = tl.load(scale + channels, exists, 0).to(tl.float32)
     for start in range(0, count, POSITIONS):
         position = (start + tl.arange(0, POSITIONS))[:, None]
         inside = (position < count) & exists
         value = tl.load(x + position * 2 * width, inside, 0).to(tl.float32)
         gate = tl.load(x + position * 2 * width + width, inside, 0).to(tl.float32)
-        if bias is not None:
-            value += bias_value
-            gate += bias_gate
-        gelu = gate * 0.5 * (1 + tl.erf(gate * 0.7071067811865476))
-        tl.store(out + position * width, value * gelu, inside)
+        result = value * gate * 0.5 * (1 + tl.erf(gate * 0.7071067811865476))
+        if scale is not None:
+            result *= factor
+        tl.store(out + position * width, result, inside)
 
 
 @triton.jit
