@@ -14,7 +14,10 @@ from sgm.errors import let_go
 _BFLOAT16_UNITS = frozenset(("avx512_bf16", "amx_bf16", "bf16", "svebf16"))
 
 # What PyTorch and its libraries say in errors that are plain RuntimeErrors on some devices.
-_OUT_OF_MEMORY = re.compile("out of memory|not enough memory|allocate memory|ALLOC_FAILED")
+# The last is cuDNN's, where no algorithm's working memory fits.
+_OUT_OF_MEMORY = re.compile(
+    "out of memory|not enough memory|allocate memory|ALLOC_FAILED|unable to find an engine"
+)
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
@@ -88,10 +91,25 @@ def device_name(device: torch.device) -> str:
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 itself; where it does not, bfloat16 is emulated."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
         return not _BFLOAT16_UNITS.isdisjoint(_cpu_info("flags", "Features").split())
     return False
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Have CUDA convolve float32 numbers with all of their bits; by default it takes 11.
+
+    The switch is the process's.
+    """
+    cudnn = torch.backends.cudnn  # whose flags() would switch it off as well
+    before, cudnn.allow_tf32 = cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32 = before
 
 
 def _cpu_info(*names: str) -> str:

@@ -7,7 +7,6 @@ takes weights as they are, is up to a third quicker then.
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,7 +21,7 @@ from scripts.bench.presets import DIFFUSERS, Case, Preset, Target
 from scripts.bench.report import Results, gigabytes, markdown, seconds
 from scripts.bench.systems import System, make_system
 from scripts.bench.timing import Calls, Timing, alternate, give_back
-from sgm.device import has_fast_bfloat16
+from sgm.device import full_float32, has_fast_bfloat16
 from sgm.inference.settings import ModelFiles
 from sgm.models.diffusion import DiffusionEngine
 
@@ -109,12 +108,13 @@ class _Measuring:
         system = make_system("none", self.files, engine, self.device, torch.float32)
         self.rates["float32"] = fastest_rate(self.device, torch.float32)
         for case in self.preset.cases:
-            with inputs_of(self.files, engine, case, self.device) as given, _full_float32():
+            with inputs_of(self.files, engine, case, self.device) as given, full_float32():
                 for stage, call in system.calls(given).items():
                     key = case.name, stage
                     if stage in case.stages and stage in COMPARED and key not in self._expected:
                         timing = alternate({REFERENCE: call}, self.device, 1, warmup=0)
-                        self._expected[key] = timing[REFERENCE].result.cpu()
+                        if timing[REFERENCE].failure is None:
+                            self._expected[key] = timing[REFERENCE].result.cpu()
                         self._add(case, stage, "float32", timing)
             self._report(case)
 
@@ -254,14 +254,3 @@ def _is_fast(dtype: str, device: torch.device) -> bool:
     if dtype == "float16":
         return device.type != "cpu"
     return dtype == "float32" or has_fast_bfloat16(device)
-
-
-@contextmanager
-def _full_float32() -> Iterator[None]:
-    """Convolutions too, which CUDA computes with fewer bits unless told otherwise."""
-    cudnn = torch.backends.cudnn  # whose flags() would switch it off as well
-    before, cudnn.allow_tf32 = cudnn.allow_tf32, False
-    try:
-        yield
-    finally:
-        cudnn.allow_tf32 = before

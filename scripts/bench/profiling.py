@@ -17,9 +17,10 @@ from scripts.bench.report import Results, markdown, seconds
 from sgm.inference.settings import ModelFiles
 
 ROWS = 40
-# Names of operations and of CUDA kernels, in this order: what multiplies, what convolves.
+# Names of operations and of CUDA kernels, in this order: what multiplies, what convolves. Attention
+# is counted on the meta device, where it is two batched products.
 KINDS = {
-    "attention": ("attention", "flash", "fmha", "sdpa"),
+    "attention": ("attention", "flash", "fmha", "sdpa", "bmm"),
     "convolution": ("conv", "fprop", "implicit"),
     "product": ("mm", "linear", "cutlass", "nvjet", "xmma", "matmul"),
 }

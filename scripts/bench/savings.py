@@ -97,6 +97,9 @@ def measure(saving: Saving, device: torch.device, repeats: int, inner: int = 1) 
     """Time both forms in turn, and compare their results."""
     forms = {"plain": saving.plain, "optimised": saving.optimised}
     plain, optimised = alternate(forms, device, repeats, 2, inner).values()
+    for form in (plain, optimised):
+        if form.failure:
+            raise RuntimeError(f"{saving.what}, {shape(saving.size)}: {form.failure}")
     ratio = median(plain.seconds) / median(optimised.seconds)
     error = relative_error(optimised.result, plain.result)
     times = plain.seconds, optimised.seconds
@@ -194,7 +197,7 @@ class _Attention(_Transformer):
             "attention over time without moving tokens",
             self.shape,
             lambda: self.by_frame(temporal.attn1(self.by_position(x))),
-            lambda: attention.over_time(x, self.t),
+            lambda: attention.over_time(attention.qkv(x), self.t),
         )
 
 

@@ -27,6 +27,7 @@ class Diffusers:
     ) -> None:
         self.device, self.dtype = device, dtype
         self.pipeline = build_diffusers(files, engine)
+        self.pipeline.vae.to(dtype)  # another system may have brought it to a wider one
         if compiled:
             lay_channels_last(self.pipeline.unet)
             self.pipeline.unet = torch.compile(self.pipeline.unet, **COMPILATION)

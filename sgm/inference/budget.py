@@ -32,7 +32,8 @@ class MemoryPlan:
 
     Attributes:
         name: of the plan.
-        unload_between_stages: only the weights of the stage that runs are on the device.
+        unload_between_stages: only the weights of the stage that runs are on the device, of the
+            encoders one by one.
         halves_in_turn: the two halves of guidance go through the network one after the other.
         feed_forward_chunks: pieces that feed-forwards are computed in.
         stream_weights: the network's blocks are on the host, and fetched one ahead.
@@ -89,11 +90,13 @@ class Needs:
         weights: of the parts that a stage uses.
         blocks: of those of the network, the blocks that can be streamed, in their order.
         activations: the most that a stage takes beside weights, under a plan.
+        one_encoder: the most that an encoder takes, its weights included, when it is alone.
     """
 
     weights: Mapping[Stage, int]
     blocks: tuple[int, ...]
     activations: Callable[[Stage, MemoryPlan], int]
+    one_encoder: int
 
     def peak(self, plan: MemoryPlan) -> int:
         """The most that any stage takes."""
@@ -105,10 +108,13 @@ class Needs:
         if plan.stream_weights:
             weights["sampling"] += device_bytes(self.blocks, 0) - sum(self.blocks)
         waiting = 0 if plan.unload_between_stages else sum(weights.values())
-        return {
+        needs = {
             stage: max(waiting, each) + self.activations(stage, plan)
             for stage, each in weights.items()
         }
+        if plan.unload_between_stages:
+            needs["encoding"] = self.one_encoder
+        return needs
 
 
 def plan_memory(mode: str, free: int, needs: Callable[[], Needs]) -> MemoryPlan:

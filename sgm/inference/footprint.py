@@ -47,6 +47,9 @@ class _Followed(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func is _CONVOLUTION and _is_channels_last(args[0]):
+            # As devices give it; the meta device does so for none.
+            result = torch.empty_like(result, memory_format=torch.channels_last)
         given = set(_storages((args, kwargs)))
         for key, storage in _storages(result).items():
             if key not in given | self._known:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sgm.inference.moments import Moments
+from sgm.inference.streaming import pinned
 from sgm.modules.autoencoding.temporal_ae import AE3DConv, VideoDecoder, VideoResnetBlock
 from sgm.modules.diffusionmodules.layers import TemporalConv3d
 from sgm.modules.diffusionmodules.model import Decoder
@@ -35,6 +36,8 @@ class _Step:
         norm: what its input goes through first; None for nothing.
         clip: the norm's statistics are over all frames, not over each.
         halo: frames and rows of the input beyond a part that its result depends on.
+        within: the convolution gives the frames whose kernel lies within what it is given, so that
+            no more than the part is computed: zeros are put where the clip ends.
         scale: rows and columns of the result for one of the input.
         keep: the input, as it is, begins a residual path.
         add: ends that path: (kept input, result of the convolution) -> result.
@@ -44,6 +47,7 @@ class _Step:
     norm: nn.GroupNorm | None = None
     clip: bool = False
     halo: tuple[int, int] = (0, 1)
+    within: bool = False
     scale: int = 1
     keep: bool = False
     add: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -168,13 +172,22 @@ def _temporal(block: Any) -> Iterator[_Step]:
     alpha = block.mix_factor.sigmoid() if block.learned else block.mix_factor
     (norm1, _, conv1), (norm2, *_, conv2) = block.time_stack.in_layers, block.time_stack.out_layers
     t, h, _ = conv1.kernel_size
-    first = _Step(_over_time(conv1), norm1, clip=True, halo=(t // 2, h // 2))
+    first = _Step(_over_time(conv1), norm1, clip=True, halo=(t // 2, h // 2), within=True)
     yield replace(first, keep=True)
     yield replace(first, conv=_over_time(conv2), norm=norm2, add=lambda x, h: h.mul_(alpha).add_(x))
 
 
 def _over_time(conv: TemporalConv3d) -> Callable[[Tensor], Tensor]:
-    return lambda x: conv(x.transpose(0, 1)[None])[0].transpose(0, 1)
+    return lambda x: conv.within(x.transpose(0, 1)[None])[0].transpose(0, 1)
+
+
+def _convolved(step: _Step, x: Tensor, time: _Span) -> Tensor:
+    """The frames of a part, from them and their neighbours."""
+    if not step.within:
+        return step.conv(x)[time.cut]
+    before = step.halo[0] - (time.kept.start - time.taken.start)
+    after = step.halo[0] - (time.taken.stop - time.kept.stop)
+    return step.conv(F.pad(x, (0, 0, 0, 0, 0, 0, before, after)) if before or after else x)
 
 
 def _run(
@@ -206,7 +219,7 @@ def _run(
         x = y.values[time.taken, :, row.taken].to(device, non_blocking=True)
         if y.moments:
             x = F.silu(y.moments.normalise(time.taken, x, step.clip), inplace=True)
-        x = step.conv(x)[time.cut, :, row.cut]
+        x = _convolved(step, x, time)[:, :, row.cut]
         if step.add:
             x = step.add(residual[time.kept, :, row.kept].to(device, non_blocking=True), x)
         if moments:
@@ -230,8 +243,9 @@ def _room(
     for each in spare:
         if each.shape == shape:
             return each
-    pinned = device.type == "cuda" and like.device.type == "cpu"
-    return torch.empty(shape, dtype=like.dtype, device=like.device, pin_memory=pinned)
+    if device.type == "cuda" and like.device.type == "cpu":
+        return pinned(shape, like.dtype)
+    return torch.empty(shape, dtype=like.dtype, device=like.device)
 
 
 def _parts(shape: Sequence[int], step: _Step, frames: int, bands: int) -> list[_Part]:

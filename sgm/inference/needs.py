@@ -13,10 +13,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from sgm import kernels
 from sgm.inference.budget import HIGH, MemoryPlan, Needs, Stage
 from sgm.inference.footprint import peak_bytes
 from sgm.inference.lockstep import decode_in_step
 from sgm.inference.optimized import OptimizedDecoder
+from sgm.inference.optimized.layers import lay_out_for_accelerator
 from sgm.inference.optimized.transformer import transformer_rows
 from sgm.inference.optimized.unet import Condition, OptimizedUNet
 from sgm.inference.streaming import weight_bytes
@@ -46,6 +48,7 @@ class Job:
         decoding_t: frames that are decoded at once, where the plan says nothing else.
         dtype: of the network.
         wide: of the autoencoders.
+        form: of :mod:`sgm.kernels`, as the device takes it: ``sizes`` for Triton's.
     """
 
     frames: int
@@ -54,6 +57,7 @@ class Job:
     decoding_t: int
     dtype: torch.dtype
     wide: torch.dtype
+    form: kernels.Form = "reference"
 
 
 def count_needs(
@@ -84,19 +88,32 @@ def count_needs(
 
     @cache
     def count(stage: Stage, plan: MemoryPlan) -> int:
+        with kernels.use(job.form):
+            return count_in_form(stage, plan)
+
+    def count_in_form(stage: Stage, plan: MemoryPlan) -> int:
         match stage:
             case "encoding":
-                f = engine.first_stage_model.downsampling
-                return max(encoder_peak(part, dtype, job, f) for part, dtype in encoders)
+                return max(activations for _, activations in encoding())
             case "sampling":
                 return network_peak(plain, make_network(plan), job, plan.halves_in_turn)
             case "decoding":
                 return decoder_peak(decoder, job, plan, optimized_decoder)
 
+    @cache
+    def encoding() -> list[tuple[int, int]]:
+        """Weights and activations of every encoder."""
+        f = engine.first_stage_model.downsampling
+        return [
+            (_bytes(meta_copy(part, dtype)), encoder_peak(part, dtype, job, f))
+            for part, dtype in encoders
+        ]
+
     def activations(stage: Stage, plan: MemoryPlan) -> int:
         return count(stage, replace(HIGH, **{key: getattr(plan, key) for key in _MATTERS[stage]}))
 
-    return Needs(weights, tuple(weight_bytes(block) for block in blocks_of(network)), activations)
+    blocks = tuple(weight_bytes(block) for block in blocks_of(network))
+    return Needs(weights, blocks, activations, max(map(sum, encoding())))
 
 
 def blocks_of(network: Any) -> list[nn.Module]:
@@ -125,7 +142,7 @@ def network_peak(plain: Any, network: nn.Module, job: Job, in_turn: bool) -> int
 
     def condition() -> Condition:
         rows = tuple(transformer_rows(each, place, token, job.frames) for each in transformers)
-        picture = empty(n, h, w, plain.model_channels)
+        picture = empty(clips, h, w, plain.model_channels)
         return Condition(job.frames, picture, empty(1, 4 * plain.model_channels), rows, None)
 
     def optimized() -> None:
@@ -166,6 +183,7 @@ def decoder_peak(plain: Any, job: Job, plan: MemoryPlan, optimized: bool) -> int
     if not plan.decode_in_step:
         place = partial(torch.Tensor.to, device="meta", dtype=job.wide)
         decoder = OptimizedDecoder(plain, place) if optimized else meta_copy(plain, job.wide)
+        lay_out_for_accelerator(decoder)
         timesteps = {"timesteps": t} if isinstance(plain, VideoDecoder) else {}
         return peak_bytes(lambda: decoder(latents(t), **timesteps))
     t = min(t, 3) if plan.park_on_host else t

@@ -10,6 +10,7 @@ Shapes: t frames, z latent channels, f downsampling factor, h height, w width.
 import gc
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -17,7 +18,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from sgm.device import default_device, memory_errors, parse_device
+from sgm.device import default_device, full_float32, memory_errors, parse_device
 from sgm.inference.budget import HIGH, MemoryPlan, next_smaller
 from sgm.inference.dtypes import default_dtype
 from sgm.inference.generation import Generation
@@ -30,7 +31,7 @@ from sgm.inference.pictures import (
     load_picture,
     native_size,
 )
-from sgm.inference.placement import Placement, choose_plan, needs_of, require_level
+from sgm.inference.placement import Placement, choose_plan, needs_of, require_device
 from sgm.inference.progress import Callback, Progress, report
 from sgm.inference.results import in_form
 from sgm.inference.safety import SafetyFilter, find_filter
@@ -140,7 +141,7 @@ class VideoPipeline:
         number = getattr(torch, asked.dtype) if asked.dtype else None
         name = files.spec.name
         number, optimize = number or default_dtype(target), asked.optimize or DEFAULT_LEVEL
-        require_level(LEVELS[optimize], target, number)
+        require_device(target, number, LEVELS[optimize])
         with memory_errors(
             f"{name} does not fit on {target}; try --dtype float16 or another --device"
         ):
@@ -270,7 +271,8 @@ class VideoPipeline:
                     f"{name} must have the shape {generation.shape}, got {tuple(given.shape)}"
                 )
         judge = self._safety_filter(settings.options)
-        with torch.inference_mode():
+        exactly = full_float32() if self.dtype == torch.float32 else nullcontext()
+        with torch.inference_mode(), exactly:
             if latents is None:
                 latents = generation.sample(noise)
             if options.output != "latents":

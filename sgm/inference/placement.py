@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sgm import kernels
+from sgm.device import has_fast_bfloat16
 from sgm.inference.budget import HIGH, MemoryPlan, Needs, Stage, free_bytes, plan_memory
 from sgm.inference.dtypes import decoder_dtype, first_stage_dtype
 from sgm.inference.levels import DEFAULT_LEVEL, LEVELS, Level
@@ -20,7 +22,7 @@ from sgm.inference.optimized.layers import lay_out_for_accelerator
 from sgm.inference.optimized.scaling import FLOAT16_SCALE, scale_stream
 from sgm.inference.optimized.unet import OptimizedUNet
 from sgm.inference.settings import Settings, guidance_halves
-from sgm.inference.streaming import Streamed, weight_bytes
+from sgm.inference.streaming import InTurn, Streamed, give_back_pinned, weight_bytes, whole
 from sgm.models.diffusion import DiffusionEngine
 
 Report = Callable[[int, int], None]
@@ -67,7 +69,7 @@ class Placement:
             *others, last = (name for name, each in LEVELS.items() if each.moves)
             able = f"{', '.join(others)} or {last}"
             raise ValueError(f"memory {plan.name} needs --optimize {able}, got {optimize}")
-        require_level(level, device, dtype)
+        require_device(device, dtype, level)
         engine.eval().requires_grad_(False)
         self.engine, self.device, self.plan = engine, device, plan
         self.dtype, self.level = dtype, level
@@ -88,6 +90,9 @@ class Placement:
         if level.derived:
             self.network = self._make_network(dtype, level)
             self.decoder = self._make_decoder(decoding)
+            if device.type != "cpu":
+                for each in (self.network.unet, self.decoder):
+                    lay_out_for_accelerator(each)
         else:
             self._loading.bring(engine.model, dtype)
             self._loading.bring(decoder, decoding)
@@ -111,23 +116,18 @@ class Placement:
         store = "cpu" if self.plan.park_on_host else None
         return DecoderInStep(decoder, store=store)
 
-    def _make_stages(self, encoders: list[nn.Module]) -> dict[Stage, list[Streamed]]:
+    def _make_stages(self, encoders: list[nn.Module]) -> dict[Stage, list[Streamed | InTurn]]:
         """For each stage, what brings its weights to the device."""
         network: Any = self.network
         unet = network.unet
-        for each in (unet, self.decoder):
-            lay_out_for_accelerator(each)
         blocks = blocks_of(unet)
         rest = [unet.embed, unet.shifts, unet.first, unet.norm_out, unet.conv_out]
         resident = 0 if self.plan.stream_weights else sum(map(weight_bytes, blocks))
         return {
-            "encoding": [self._whole(encoders)],
-            "sampling": [self._whole(rest), Streamed(blocks, self.device, resident)],
-            "decoding": [self._whole([self.decoder, *self._around])],
+            "encoding": [InTurn(encoders, self.device)],
+            "sampling": [whole(rest, self.device), Streamed(blocks, self.device, resident)],
+            "decoding": [whole([self.decoder, *self._around], self.device)],
         }
-
-    def _whole(self, modules: list[nn.Module]) -> Streamed:
-        return Streamed(modules, self.device, sum(map(weight_bytes, modules)))
 
     @contextmanager
     def running(self, stage: Stage) -> Iterator[None]:
@@ -135,17 +135,21 @@ class Placement:
         with ExitStack() as stack:
             if isinstance(self.network, OptimizedNetwork):
                 stack.callback(self.network.forget)  # what a run keeps is for one stage alone
+            if self.plan.park_on_host and self.device.type == "cuda":
+                stack.callback(give_back_pinned)
             for streamed in self._stages.get(stage, []):
                 stack.enter_context(streamed)
             yield
 
 
-def require_level(level: Level, device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse a level that a device or type is not for.
+def require_device(device: torch.device, dtype: torch.dtype, level: Level) -> None:
+    """Refuse a type or a level that a device is not for.
 
     Raises:
         ValueError: with what would do.
     """
+    if device.type == "cuda" and dtype == torch.bfloat16 and not has_fast_bfloat16(device):
+        raise ValueError(f"{device} does not multiply bfloat16: take --dtype float16")
     if level.records and device.type != "cuda":
         raise ValueError(f"--optimize graphs needs a CUDA device, got {device}: take exact")
     if level.eight_bits:
@@ -206,6 +210,7 @@ def needs_of(engine: DiffusionEngine, settings: Settings) -> Needs:
         decoding_t=options.decoding_t or settings.frames,
         dtype=dtype,
         wide=decoder_dtype(device, dtype, str(options.optimize)),
+        form="sizes" if kernels.has_triton(device) else "reference",
     )
 
     def make_network(plan: MemoryPlan) -> nn.Module:
@@ -213,6 +218,7 @@ def needs_of(engine: DiffusionEngine, settings: Settings) -> Needs:
             return meta_copy(plain, dtype)
         unet = OptimizedUNet(plain, partial(torch.Tensor.to, device="meta", dtype=dtype))
         _shape(unet, plan, level)
+        lay_out_for_accelerator(unet)
         return unet
 
     encoders = list(encoding_parts(engine, dtype))

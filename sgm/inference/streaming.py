@@ -1,11 +1,16 @@
 """Blocks whose weights stay on the host: the next one's are fetched while this one computes."""
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+
+from sgm.errors import one_line
+
+logger = logging.getLogger(__name__)
 
 ALIGNMENT = 256  # bytes; what GPUs read fastest
 
@@ -45,7 +50,8 @@ class Streamed:
     allocated on the way. Outside of its forward pass, a streamed block is on the host, with the
     values and layouts that it came with.
 
-    On CUDA the copies run on a stream of their own, from pinned memory; elsewhere they are plain.
+    On CUDA the copies of streamed blocks run on a stream of their own, from page-locked memory;
+    elsewhere they are plain.
 
     Args:
         blocks: in the order of their calls. They share no weights.
@@ -58,8 +64,9 @@ class Streamed:
     ) -> None:
         self._device = device
         self._staying = choose_resident([weight_bytes(block) for block in blocks], resident)
-        pinned = device.type == "cuda"
-        self._all = [_Packed(block, pinned) for block in blocks]
+        # What is fetched in every step; the rest is copied once for a video.
+        often = [device.type == "cuda" and i not in self._staying for i in range(len(blocks))]
+        self._all = [_Packed(*each) for each in zip(blocks, often, strict=True)]
         self._streamed = [each for i, each in enumerate(self._all) if i not in self._staying]
         self._slots: list[_Slot] = []
         self._running: _Slot | None = None
@@ -115,14 +122,54 @@ class Streamed:
         return slot
 
 
+def whole(modules: Sequence[nn.Module], device: torch.device) -> Streamed:
+    """Modules that are all on the device for as long as the ``with`` block lasts."""
+    return Streamed(modules, device, sum(map(weight_bytes, modules)))
+
+
+class InTurn:
+    """In a ``with`` block, have each of several modules on the device for its forward pass alone.
+
+    Args:
+        modules: that share no weights.
+        device: where they compute.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], device: torch.device) -> None:
+        self._each = [(module, whole([module], device)) for module in modules]
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> Self:
+        """Wait for forward passes."""
+        for module, weights in self._each:
+            before, after = partial(_without_result, weights.__enter__), weights.__exit__
+            self._hooks += [
+                module.register_forward_pre_hook(before),
+                module.register_forward_hook(partial(_without_result, after), always_call=True),
+            ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the modules without hooks."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+
+def _without_result(act: Callable[[], object], *_: Any) -> None:
+    """A hook that changes neither arguments nor results."""
+    act()
+
+
 class _Packed:
     """A block's parameters and buffers, one behind the other in one piece of memory."""
 
-    def __init__(self, block: nn.Module, pinned: bool) -> None:
+    def __init__(self, block: nn.Module, lock: bool) -> None:
         self.block = block
         self._tensors = [*block.parameters(), *block.buffers()]
         self._views: dict[int, list[Tensor]] = {}  # by address of the memory
-        self.host = torch.empty(weight_bytes(block), dtype=torch.uint8, pin_memory=pinned)
+        make = pinned if lock else torch.empty
+        self.host = make((weight_bytes(block),), dtype=torch.uint8)
         for tensor, view in zip(self._tensors, self._lay_out(self.host), strict=True):
             view.copy_(tensor.data)
         self.place(self.host)
@@ -196,6 +243,26 @@ class _CudaSlot(_Slot):
 
     def release(self) -> None:
         self._free.record(torch.cuda.current_stream(self._device))
+
+
+def pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor in page-locked memory of the host, which CUDA copies from and to by itself.
+
+    Where the host locks no more, the tensor is a plain one: copies then wait.
+    """
+    give_back_pinned()
+    try:
+        return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
+    except RuntimeError as error:
+        logger.warning("the host locks no more memory, copies take longer: %s", one_line(error))
+        return torch.empty(tuple(shape), dtype=dtype)
+
+
+def give_back_pinned() -> None:
+    """Give page-locked memory that nobody uses back to the host: PyTorch would keep it for good."""
+    empty_cache = getattr(torch._C, "_host_emptyCache", None)  # not in every PyTorch
+    if empty_cache:
+        empty_cache()
 
 
 def _aligned(size: int) -> int:

@@ -8,9 +8,10 @@ two forms:
 - ``fused``: Triton kernels, for CUDA devices and 16 or 32-bit floats. They compute in float32 and
   round once. Attention in float32 is left to PyTorch.
 
-The exception is :func:`spatial_attention`, for which PyTorch has exact backends of its own.
-:func:`use` forces one form. Both are for inference: no gradients. Triton is imported, and tried,
-when a CUDA tensor first arrives: before a CUDA graph is captured.
+(:mod:`~sgm.kernels.sizes` is what the second allocates, to count its memory.) The exception is
+:func:`spatial_attention`, for which PyTorch has exact backends of its own. :func:`use` forces a
+form. All are for inference: no gradients. Triton is imported, and tried, when a CUDA tensor first
+arrives: before a CUDA graph is captured.
 """
 
 from typing import Any
@@ -20,11 +21,11 @@ from einops import rearrange
 from torch import Tensor
 
 from sgm.kernels.backends import attend
-from sgm.kernels.dispatch import Form, attention_form_for, form_for, use
+from sgm.kernels.dispatch import Form, attention_form_for, form_for, has_triton, use
 
 __all__ = [
-    "Form", "blend", "geglu", "group_norm", "residual_layer_norm", "spatial_attention",
-    "temporal_attention", "use",
+    "Form", "blend", "geglu", "group_norm", "has_triton", "residual_layer_norm",
+    "spatial_attention", "temporal_attention", "use",
 ]  # fmt: skip
 
 

@@ -6,6 +6,7 @@ a head. So each is timed on the first tensors of a kind, and the quickest serves
 """
 
 import logging
+import warnings
 from time import perf_counter
 
 import torch
@@ -55,7 +56,8 @@ def quickest(q: Tensor, k: Tensor, v: Tensor) -> SDPBackend | None:
     best, least = None, float("inf")
     for backend in _CANDIDATES:
         try:
-            seconds = _time(backend, q, k, v)
+            with warnings.catch_warnings(action="ignore"):  # of why it cannot
+                seconds = _time(backend, q, k, v)
         except RuntimeError as error:  # it is not for this device, type or shape
             if best is None and isinstance(error, torch.OutOfMemoryError):
                 raise

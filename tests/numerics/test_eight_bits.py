@@ -89,7 +89,7 @@ def test_a_block_is_close():
     x, cross = noise("tokens", 2, 30, C), torch.zeros(2, C)
 
     def branch(block):
-        total, delta = block(x, cross)
+        total, delta = block([x], cross)
         return total + delta - x
 
     use_eight_bits(nn.ModuleList([ours]))
@@ -103,9 +103,9 @@ def test_odd_widths_stay_as_they_are():
     plain = filled(BasicTransformerBlock(24, 3, 8, context_dim=24)).requires_grad_(False)
     ours = SpatialBlock(plain, as_it_is)
     x, cross = noise("narrow", 2, 5, 24), torch.zeros(2, 24)
-    expected = SpatialBlock(plain, as_it_is)(x, cross)
+    expected = SpatialBlock(plain, as_it_is)([x], cross)
     use_eight_bits(nn.ModuleList([ours]))
-    assert all(map(torch.equal, ours(x, cross), expected))
+    assert all(map(torch.equal, ours([x], cross), expected))
 
 
 def test_rows_of_zeros():
@@ -115,7 +115,7 @@ def test_rows_of_zeros():
         part.zero_()
     ours = SpatialBlock(plain, as_it_is)
     use_eight_bits(nn.ModuleList([ours]))
-    assert all(out.isfinite().all() for out in ours(noise("x", 1, 9, C), torch.zeros(1, C)))
+    assert all(out.isfinite().all() for out in ours([noise("x", 1, 9, C)], torch.zeros(1, C)))
 
 
 def test_the_whole_network():

@@ -367,6 +367,30 @@ def test_inputs_are_left_alone(form):
     assert all(map(torch.equal, (x, y, delta, shift), before))
 
 
+@triton_form
+def test_sizes_are_what_the_triton_form_gives(form):
+    """Memory is counted by them. Catches: a shape or type of another; the input copied for a sum of
+    nothing."""
+    x, vector = noise("x", 4, 6, 64).half().to(form[1]), torch.ones(64).half().to(form[1])
+    e4m3 = torch.float8_e4m3fn
+
+    def run(form, x, vector):
+        with kernels.use(form):
+            outs = [
+                kernels.group_norm(x, vector, vector, 8, 1e-5),
+                kernels.blend(x, x, x, None, 0.5),
+                kernels.geglu(x),
+                kernels.geglu(x, vector[:32], e4m3),
+                kernels.temporal_attention(torch.cat([x, x, x], -1), 4, 2),
+                *kernels.residual_layer_norm(x, x, None, vector, vector, 1e-5, e4m3),
+            ]
+            total, normed = kernels.residual_layer_norm(x, None, None, vector, vector, 1e-5)
+        assert total is x
+        return [(out.shape, out.dtype, out.stride()) for out in (*outs, normed)]
+
+    assert run("sizes", x.to("meta"), vector.to("meta")) == run(form[0], x, vector)
+
+
 @real_form
 def test_at_full_size(form):
     """The finest level of a guided step, 25 frames of 576x1024, in float16."""

@@ -57,7 +57,7 @@ def test_triton_gets_what_it_is_good_at():
 
 
 def test_an_unknown_form_is_refused():
-    expected = "expected 'reference', 'triton' or None, got 'cuda'"
+    expected = "expected reference, triton, sizes or None, got 'cuda'"
     with pytest.raises(ValueError, match=expected), kernels.use("cuda"):
         pass
 
@@ -66,7 +66,7 @@ def test_an_unknown_form_is_refused():
 def test_pytorch_takes_the_place_of_a_triton_that_fails(caplog):
     """Here it finds no GPU; elsewhere, say, no C compiler."""
     with caplog.at_level(logging.WARNING):
-        assert not dispatch._triton_works.__wrapped__(torch.device("cpu"))
+        assert not dispatch.triton_works.__wrapped__(torch.device("cpu"))
     assert "Triton does not work here, PyTorch takes its place (slower):" in caplog.text
 
 

@@ -60,12 +60,21 @@ def half(x: Tensor) -> Tensor:
     return x.detach().half()
 
 
+# Of 64 channels, for a GroupNorm of one channel per group undoes every embedding; not of 256.
+CHANNELS = {"model_channels": 64, "channel_mult": [1, 2, 2, 2]}
+
+
 def wrapped(**changes) -> OpenAIWrapper:
-    # 64 channels, for a GroupNorm of one channel per group undoes every embedding.
-    params = dict(recorded_config(context_dim=24).network_config.params) | {"model_channels": 64}
+    params = dict(recorded_config(context_dim=24).network_config.params)
     with torch.device("meta"):
-        net = VideoUNet(**(params | changes))
+        net = VideoUNet(**(params | CHANNELS | changes))
     return OpenAIWrapper(filled(net.to_empty(device="cpu")).double()).requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def plain() -> OpenAIWrapper:
+    """The network of svd, which no test changes; drawing its weights takes a second."""
+    return wrapped()
 
 
 def conditioning(tokens: int = 1, per_frame: bool = False) -> dict[str, Tensor]:
@@ -90,48 +99,82 @@ def call(network, c, images: Tensor | None = None, level: float = 0.3) -> Tensor
 
 
 @pytest.mark.parametrize("changes", NETWORKS.values(), ids=NETWORKS.keys())
-def test_the_whole_network(changes):
+def test_the_whole_network(plain, changes):
     """Catches: A to O, of which each was broken once: a row of the other half, a blend the other
     way round, an embedding not taken off again, a shift of another block, skips out of order."""
-    plain, c = wrapped(**changes), conditioning()
+    plain, c = wrapped(**changes) if changes else plain, conditioning()
     if "num_classes" in changes:
         del c["vector"]
     expected = call(plain, c)
     assert relative_error(call(OptimizedNetwork(plain, double), c), expected) < EXACT
 
 
+@pytest.fixture
+def late_bias(monkeypatch):
+    """As on CUDA devices, where the kernel after a convolution adds its bias."""
+    monkeypatch.setattr("sgm.inference.optimized.layers._LATE_BIAS", {"cpu"})
+
+
+@pytest.mark.usefixtures("late_bias")
+@pytest.mark.parametrize("changes", NETWORKS.values(), ids=NETWORKS.keys())
+@pytest.mark.parametrize("images", [None, [[0, 0, 0], [1, 0, 1]]])
+def test_biases_that_the_next_kernel_adds(changes, images):
+    """P. Catches: a bias lost, added twice, not weighted, or given to single images."""
+    plain, c = wrapped(**changes), conditioning()
+    if "num_classes" in changes:
+        del c["vector"]
+    marks = None if images is None else torch.tensor(images, dtype=torch.float32)
+    expected = call(plain, c, marks)
+    assert relative_error(call(OptimizedNetwork(plain, double), c, marks), expected) < EXACT
+
+
+@pytest.mark.usefixtures("late_bias")
+@pytest.mark.parametrize("skip_video", [False, True])
+def test_biases_in_the_decoder(skip_video):
+    """P. Catches: the same, where no embedding takes them along."""
+    params = recorded_config().first_stage_config.params.decoder_config.params
+    plain = filled(VideoDecoder(**params)).double()
+    z = noise("z", N, 4, 4, 6).double()
+    with torch.inference_mode():
+        expected = plain(z, timesteps=T, skip_video=skip_video)
+        out = OptimizedDecoder(plain, double)(z, timesteps=T, skip_video=skip_video)
+    assert relative_error(out, expected) < EXACT
+
+
 @pytest.mark.parametrize("images", [[[0, 0, 0], [1, 0, 1]], [[1, 1, 1], [1, 1, 1]]])
-def test_single_images_pass_the_temporal_layers(images):
+def test_single_images_pass_the_temporal_layers(plain, images):
     """Catches: E and F without their general form; marks of the wrong row."""
-    plain, c, marks = wrapped(), conditioning(), torch.tensor(images, dtype=torch.float32)
+    c, marks = conditioning(), torch.tensor(images, dtype=torch.float32)
     expected = call(plain, c, marks)
     assert relative_error(call(OptimizedNetwork(plain, double), c, marks), expected) < EXACT
     assert relative_error(call(plain, c), expected) > 1e-3  # the marks matter
 
 
-def test_a_vector_of_its_own_for_every_frame():
+def test_a_vector_of_its_own_for_every_frame(plain):
     """Catches: D where rows differ, as the camera of sv3d_p makes them."""
-    plain, c = wrapped(), conditioning(per_frame=True)
+    c = conditioning(per_frame=True)
     expected = call(plain, c)
     assert relative_error(call(OptimizedNetwork(plain, double), c), expected) < EXACT
 
 
-def test_halves_in_turn():
+def test_a_picture_of_its_own_for_every_frame(plain):
+    """L. Catches: the condition latents of a clip's first frame taken for all."""
+    c = conditioning() | {"concat": noise("pictures", N, 4, 8, 16).double()}
+    assert relative_error(call(OptimizedNetwork(plain, double), c), call(plain, c)) < EXACT
+
+
+def test_halves_in_turn(plain):
     """Catches: a part that is given the rows, the frames or the marks of another."""
-    plain, c, marks = (
-        wrapped(),
-        conditioning(per_frame=True),
-        torch.tensor([[0, 0, 0], [0, 1, 0.0]]),
-    )
+    c, marks = conditioning(per_frame=True), torch.tensor([[0, 0, 0], [0, 1, 0.0]])
     in_turn = OptimizedNetwork(plain, double, clips_at_once=1)
     for images in (None, marks):
         c = dict(c)
         assert relative_error(call(in_turn, c, images), call(plain, c, images)) < EXACT
 
 
-def test_another_conditioning_is_seen():
+def test_another_conditioning_is_seen(plain):
     """Catches: the rows of the last run in the next one."""
-    plain, c = wrapped(), conditioning()
+    c = conditioning()
     network = OptimizedNetwork(plain, double)
     before = call(network, c)
     other = c | {"crossattn": 2 * c["crossattn"], "vector": -c["vector"]}
@@ -140,17 +183,17 @@ def test_another_conditioning_is_seen():
     assert relative_error(call(network, c, level=0.9), call(plain, c, level=0.9)) < EXACT
 
 
-def test_several_context_tokens_take_the_plain_network(caplog):
+def test_several_context_tokens_take_the_plain_network(plain, caplog):
     """Catches: the first token taken for all; A and B where they do not hold."""
-    plain, c = wrapped(), conditioning(tokens=2)
+    c = conditioning(tokens=2)
     with caplog.at_level(logging.INFO):
         assert relative_error(call(OptimizedNetwork(plain, double), c), call(plain, c)) == 0
     assert "plain network" in caplog.text
 
 
-def test_stored_weights_stay_as_they_are():
+def test_stored_weights_stay_as_they_are(plain):
     """Catches: derived weights written over stored ones, in building or in running."""
-    plain, c = wrapped(), conditioning()
+    c = conditioning()
     before = {key: value.clone() for key, value in plain.state_dict().items()}
     call(OptimizedNetwork(plain, double), c)
     after = plain.state_dict()
@@ -292,12 +335,12 @@ def test_pipelines_with_and_without_give_the_same_frames():
         pipeline(ROOT / "assets" / "sample.jpg", options.replace(optimize="none"))
 
 
-def test_deep_features_of_the_call_before():
+def test_deep_features_of_the_call_before(plain):
     """Catches: features reused at the wrong place, for the wrong half, or after a new run began.
 
     The plain network does the same where a hook puts back what its last inner block gave before.
     """
-    plain, c = wrapped(), conditioning()
+    c = conditioning()
     network = OptimizedNetwork(plain, double, clips_at_once=1, reuse=2)
     assert relative_error(call(network, c, level=0.9), call(plain, c, level=0.9)) < EXACT
     blocks = plain.diffusion_model.output_blocks

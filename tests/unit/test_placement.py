@@ -15,7 +15,7 @@ from sgm.inference.settings import resolve
 from sgm.inference.specs import ROOT
 
 PICTURE = ROOT / "assets" / "sample.jpg"
-OPTIONS = SamplingOptions(num_steps=2, output="tensor")
+OPTIONS = SamplingOptions(num_steps=2, num_frames=10, output="tensor")  # two chunks of ``low``
 
 
 def pipeline(**how) -> VideoPipeline:

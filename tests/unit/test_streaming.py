@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from sgm.inference import streaming
-from sgm.inference.streaming import Streamed, choose_resident, device_bytes, weight_bytes
+from sgm.inference.streaming import (
+    InTurn,
+    Streamed,
+    choose_resident,
+    device_bytes,
+    weight_bytes,
+)
 
 CPU = torch.device("cpu")
 
@@ -287,3 +293,34 @@ def test_the_hosts_copy_goes_with_its_last_user():
         assert [each() for each in packed] == [None] * len(SIZES)
     finally:
         gc.enable()
+
+
+def test_modules_in_turn():
+    """Catches: two of them on the device at once, weights left there, hooks that stay."""
+    network = make(*SIZES)
+    expected = network(X)
+    in_turn = InTurn(network.blocks, CPU)
+    homes = [block.wide.weight.data_ptr() for block in network.blocks]
+    away: list[list[int]] = []
+
+    def watch() -> None:
+        places = [block.wide.weight.data_ptr() for block in network.blocks]
+        away.append([k for k, home in enumerate(homes) if places[k] != home])
+
+    for block in network.blocks:
+        block.watch = watch
+    with in_turn:
+        assert torch.equal(network(X), expected)
+    assert away == [[k] for k in range(len(SIZES))]
+    watch()
+    assert away.pop() == []
+    assert torch.equal(network(X), expected)
+    assert away[len(SIZES) :] == [[]] * len(SIZES)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="memory can be locked here")
+def test_memory_that_cannot_be_locked_is_plain(caplog):
+    """Catches: a run that ends where the host has memory, but may lock no more of it."""
+    memory = streaming.pinned((3, 5), torch.float16)
+    assert (memory.shape, memory.dtype, memory.is_pinned()) == ((3, 5), torch.float16, False)
+    assert "the host locks no more memory, copies take longer" in caplog.text

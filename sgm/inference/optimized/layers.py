@@ -18,8 +18,12 @@ from torch.func import functional_call
 from sgm import kernels
 
 Place = Callable[[Tensor], Tensor]
+# Tensors for a function that empties the list, so that no caller's variable keeps them in memory.
+Held = list[Tensor]
 Pair = tuple[int, int]
 
+# Devices whose convolutions add their bias in a pass of its own over the result.
+_LATE_BIAS = frozenset(("cuda",))
 _ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
 _onednn: Any = torch.ops.mkldnn
 
@@ -121,16 +125,29 @@ class Convolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, h, w, c_in) -> (n, h', w', c_out)."""
+        return plus(*self.product(x))
+
+    def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The result, and the bias where it is still to be added: the next kernel has it for free.
+
+        Args:
+            x: (n, h, w, c_in).
+
+        Returns:
+            (n, h', w', c_out), and (c_out,) or None.
+        """
         image = x.permute(0, 3, 1, 2)
+        late = x.device.type in _LATE_BIAS
+        bias = None if late else self.bias
         if self.packed is None:
             self.lay_out(x.device.type == "cpu", image.shape)
         if self.packed:
             out = _onednn._convolution_pointwise(
-                image, self.weight, self.bias, *self._geometry(), "none", [], ""
+                image, self.weight, bias, *self._geometry(), "none", [], ""
             )
         else:
-            out = F.conv2d(image, self.weight, self.bias, self.stride, self.padding)
-        return out.permute(0, 2, 3, 1).contiguous()
+            out = F.conv2d(image, self.weight, bias, self.stride, self.padding)
+        return out.permute(0, 2, 3, 1).contiguous(), self.bias if late else None
 
 
 class TemporalConvolution(nn.Module):
@@ -160,12 +177,17 @@ class TemporalConvolution(nn.Module):
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
         """(n, h, w, c_in) -> (n, h, w, c_out)."""
+        return plus(*self.product(x, frames))
+
+    def product(self, x: Tensor, frames: int) -> tuple[Tensor, Tensor | None]:
+        """The result, and a bias that is still to be added; see :meth:`Convolution.product`."""
         if self.thin:
             clips = rearrange(x, "(b t) h w c -> b t (h w) c", t=frames)
-            return self.over_time(clips).view(*x.shape[:3], -1)
+            out, bias = self.over_time.product(clips)
+            return out.view(*x.shape[:3], -1), bias
         clips = rearrange(x, "(b t) h w c -> b c t h w", t=frames)
         out = F.conv3d(clips, self.weight, self.bias, padding=self.padding)
-        return rearrange(out, "b c t h w -> (b t) h w c").contiguous()
+        return rearrange(out, "b c t h w -> (b t) h w c").contiguous(), None
 
 
 class UpsampleConvolution(nn.Module):
@@ -195,11 +217,16 @@ class UpsampleConvolution(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(n, h, w, c_in) -> (n, 2h, 2w, c_out)."""
         n, h, w, _ = x.shape
-        seen = rearrange(self.phases(x), "n h w (p q c) -> n h w p q c", p=2, q=2)
+        product, bias = self.phases.product(x)
+        seen = rearrange(product, "n h w (p q c) -> n h w p q c", p=2, q=2)
         out = seen.new_empty(n, h, 2, w, 2, seen.shape[-1])
         for p in (0, 1):
             for q in (0, 1):
-                out[:, :, p, :, q] = seen[:, p : h + p, q : w + q, p, q]
+                phase, target = seen[:, p : h + p, q : w + q, p, q], out[:, :, p, :, q]
+                if bias is None:
+                    target.copy_(phase)
+                else:
+                    torch.add(phase, bias[: phase.shape[-1]], out=target)
         return out.view(n, 2 * h, 2 * w, -1)
 
 
@@ -234,6 +261,11 @@ class GroupNorm(nn.Module):
             silu=self.silu,
         )
         return out.view_as(x)
+
+
+def plus(x: Tensor, bias: Tensor | None) -> Tensor:
+    """``x + bias``, in place, for (..., c) and (c,) or None."""
+    return x if bias is None else x.add_(bias)
 
 
 def lay_out_for_accelerator(network: nn.Module) -> None:

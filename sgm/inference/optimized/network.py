@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sgm.inference.optimized.layers import Place
 from sgm.inference.optimized.replay import Replay
-from sgm.inference.optimized.unet import Condition, OptimizedUNet, fits
+from sgm.inference.optimized.unet import Condition, Deep, OptimizedUNet, fits
 from sgm.modules.diffusionmodules.video_model import VideoUNet
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 
@@ -103,22 +103,19 @@ class _Part:
     def __init__(
         self, unet: OptimizedUNet, condition: Condition, reuse: int, records: bool
     ) -> None:
-        self._step: Callable[..., tuple[Tensor, Tensor]] = partial(unet, condition=condition)
+        self._step: Callable[..., Tensor] = partial(unet, condition=condition)
         device = condition.rows[0].positions.device
         if records and device.type == "cuda":
             self._step = Replay(partial(unet, condition=condition), device)
         self._reuse, self._calls = reuse, 0
-        self._deep: dict[str, Tensor] = {}
+        self._shared: dict[str, Deep] = {}
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """(n, z, h, w) and noise levels -> (n, z, h, w)."""
-        if self._calls % self._reuse == 0:
-            self._deep = {}
+        if self._reuse > 1 and self._calls % self._reuse == 0:
+            self._shared = {"deep": Deep()}
         self._calls += 1
-        out, deep = self._step(x, t, **self._deep)
-        if self._reuse > 1:
-            self._deep = {"deep": deep}
-        return out
+        return self._step(x, t, **self._shared)
 
 
 def _split(

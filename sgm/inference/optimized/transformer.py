@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm import kernels
-from sgm.inference.optimized.layers import GroupNorm, Linear, Place, stored
+from sgm.inference.optimized.layers import GroupNorm, Held, Linear, Place, stored
 from sgm.inference.optimized.residual import spatial_weight
 from sgm.modules.attention import CrossAttention
 from sgm.modules.attention import FeedForward as PlainFeedForward
@@ -75,13 +75,13 @@ class Attention(nn.Module):
         self.qkv: Any = Linear.joined([plain.to_q, plain.to_k, plain.to_v], place)
         self.out = Linear.of(plain.to_out[0], place)
 
-    def over_space(self, x: Tensor) -> Tensor:
-        """Attend to the positions of a frame: (n, s, c) -> (n, s, c)."""
-        return self.out(kernels.spatial_attention(self.qkv(x), self.heads))
+    def over_space(self, qkv: Tensor) -> Tensor:
+        """Attend to the positions of a frame: (n, s, 3 c) -> (n, s, c)."""
+        return self.out(kernels.spatial_attention(qkv, self.heads))
 
-    def over_time(self, x: Tensor, frames: int) -> Tensor:
-        """Attend to the frames of a position: (n, s, c) -> (n, s, c)."""
-        return self.out(kernels.temporal_attention(self.qkv(x), self.heads, frames))
+    def over_time(self, qkv: Tensor, frames: int) -> Tensor:
+        """Attend to the frames of a position: (n, s, 3 c) -> (n, s, c)."""
+        return self.out(kernels.temporal_attention(qkv, self.heads, frames))
 
 
 class FeedForward(nn.Module):
@@ -125,11 +125,12 @@ class SpatialBlock(nn.Module):
         self.attention = Attention(plain.attn1, place)
         self.feed_forward = FeedForward(plain.ff, place)
 
-    def forward(self, x: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, held: Held, cross: Tensor) -> Held:
         """(n, s, c) -> two addends of the result, so that the next norm adds them up."""
-        attended = self.attention.over_space(self.norm1(x)[1])
-        x, normed = self.norm3(x, attended, cross)
-        return x, self.feed_forward(normed)
+        attended = self.attention.over_space(self.attention.qkv(self.norm1(held[0])[1]))
+        x, normed = self.norm3(held.pop(), attended, cross)
+        del attended
+        return [x, self.feed_forward(normed)]
 
 
 class TemporalBlock(nn.Module):
@@ -144,23 +145,28 @@ class TemporalBlock(nn.Module):
         self.feed_forward = FeedForward(plain.ff, place)
 
     def forward(
-        self, x: Tensor, delta: Tensor, positions: Tensor, cross: Tensor | None
+        self, held: Held, positions: Tensor, cross: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """From the two addends of the spatial result to three parts of the blend.
 
         Args:
-            x: (n, s, c).
-            delta: (n, s, c).
+            held: two of (n, s, c).
             positions: (t, c).
             cross: (n, c), or None.
 
         Returns:
-            ``x + delta + positions``, and two addends of the temporal result.
+            Their sum with ``positions``, and two addends of the temporal result.
         """
+        delta, x = held.pop(), held.pop()
         start, normed = self.norm_in(x, delta, positions)
+        del delta, x
         x, normed = self.norm1(start, self.feed_forward_in(normed))
-        attended = self.attention.over_time(normed, len(positions))
+        qkv = self.attention.qkv(normed)
+        del normed
+        attended = self.attention.over_time(qkv, len(positions))
+        del qkv
         x, normed = self.norm3(x, attended, cross)
+        del attended
         return start, x, self.feed_forward(normed)
 
 
@@ -199,12 +205,14 @@ class Transformer(nn.Module):
         if videos is not None and self.marks_images:
             alpha = 1 - (1 - self.alpha) * videos
             back = -alpha[:, None] * rows.positions.repeat(len(x) // len(rows.positions), 1)
-        tokens = self.proj_in(self.norm(x).flatten(1, 2))
+        held = [self.proj_in(self.norm(x).flatten(1, 2))]
+        back = back.to(x.dtype)
         blocks = zip(self.spatial, self.temporal, rows.spatial, rows.temporal, strict=True)
         for spatial, temporal, cross, cross_time in blocks:
-            start, end, delta = temporal(*spatial(tokens, cross), rows.positions, cross_time)
-            tokens = kernels.blend(start, end, delta, back.to(start.dtype), alpha)
-        return self.proj_out(tokens).view_as(x).add_(x)
+            start, end, delta = temporal(spatial(held, cross), rows.positions, cross_time)
+            held = [kernels.blend(start, end, delta, back, alpha)]
+            del start, end, delta
+        return self.proj_out(held.pop()).view_as(x).add_(x)
 
 
 def transformer_rows(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sgm.inference.optimized.layers import (
     Convolution,
     GroupNorm,
+    Held,
     Linear,
     Place,
     UpsampleConvolution,
@@ -39,7 +40,8 @@ class Condition:
 
     Attributes:
         frames: t.
-        picture: (n, h, w, c): the first convolution of the condition latents, or None.
+        picture: (b, h, w, c), or (n, h, w, c) where frames of a clip differ: the first convolution
+            of the condition latents; or None.
         label: (n, e), or (1, e) where all rows are equal: the embedded vector, or None.
         rows: of each transformer, in order.
         videos: (n,), 1 for frames of videos and 0 for single images, or None for videos alone.
@@ -69,6 +71,18 @@ def fits(plain: VideoUNet, cond: Mapping[str, Tensor]) -> bool:
             for block in each.time_stack
         )
     )
+
+
+@dataclass
+class Deep:
+    """Deep features for calls that share them: an approximation (DeepCache, arXiv 2312.00858).
+
+    Attributes:
+        features: what comes up to the level of full size, (n, h, w, c); None before the first
+            call, which computes them. With them, only the level of full size is computed.
+    """
+
+    features: Tensor | None = None
 
 
 class OptimizedUNet(nn.Module):
@@ -128,11 +142,14 @@ class OptimizedUNet(nn.Module):
         given = {key: place(value) for key, value in cond.items()}
         picture = given.get("concat")
         if picture is not None:
+            firsts = picture[::frames]
+            if _equal(firsts.repeat_interleave(frames, dim=0), picture):
+                picture = firsts
             weight = place(plain.input_blocks[0][0].weight)[:, self.latent_channels :]
             picture = Convolution(weight, None)(picture.permute(0, 2, 3, 1).contiguous())
         label = given.get("vector")
         if label is not None and plain.label_emb is not None:
-            same = torch.equal(label, label[:1].expand_as(label))
+            same = _equal(label[:1].expand_as(label), label)
             label = stored(plain.label_emb, place, label[:1] if same else label)
         images = image_only_indicator
         videos = None if images is None or not images.any() else place((images == 0).flatten())
@@ -141,38 +158,46 @@ class OptimizedUNet(nn.Module):
         return Condition(frames, picture, label, tuple(rows), videos)
 
     def forward(
-        self, x: Tensor, timesteps: Tensor, condition: Condition, deep: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, timesteps: Tensor, condition: Condition, deep: Deep | None = None
+    ) -> Tensor:
         """Denoise.
 
         Args:
             x: (n, z, h, w), the scaled noisy latents without the condition latents.
             timesteps: (n,), or (1,) where all rows have the same: c_noise of the denoiser.
             condition: of these rows.
-            deep: None, or the deep features of an earlier call to take for this one's: then only
-                the level of full size is computed. An approximation (DeepCache, arXiv 2312.00858).
+            deep: takes the deep features along to calls that share them; None where none do.
 
         Returns:
-            (n, z, h, w), and the deep features: what comes up to the level of full size.
+            (n, z, h, w).
         """
         waves = sinusoidal_embedding(timesteps, self.model_channels).to(x.dtype)
         emb = self.embed[1](F.silu(self.embed[0](waves)))
         if condition.label is not None:
             emb = emb + condition.label
         run = _Run(condition, self.shifts(emb))
-        h = self.first(x.permute(0, 2, 3, 1).contiguous())
-        if condition.picture is not None:
-            h += condition.picture
-        skips = [h]
+        skips = [self._begin(x, condition)]
         outer, inner = self.outer, len(self.output_blocks) - self.outer - 1
         _down(self.input_blocks[:outer], skips, run)
-        if deep is None:
-            deep_skips = skips[-1:]
-            _down(self.input_blocks[outer:], deep_skips, run)
-            deep = self.middle_block[0](deep_skips[-1], run)
-            deep = _up(self.output_blocks[:inner], deep, deep_skips, run)
-        h = _up(self.output_blocks[inner:], deep, skips, run)
-        return self.conv_out(self.norm_out(h)).permute(0, 3, 1, 2), deep
+        if deep is None or deep.features is None:
+            below = skips[-1:]
+            _down(self.input_blocks[outer:], below, run)
+            held = [self.middle_block[0](below[-1:], run)]
+            _up(self.output_blocks[:inner], held, below, run)
+        else:
+            held = [deep.features]
+        if deep is not None:
+            (deep.features,) = held
+        _up(self.output_blocks[inner:], held, skips, run)
+        return self.conv_out(self.norm_out(held.pop())).permute(0, 3, 1, 2)
+
+    def _begin(self, x: Tensor, condition: Condition) -> Tensor:
+        """The first convolution, of latents and condition latents: (n, h, w, c)."""
+        h = self.first(x.permute(0, 2, 3, 1).contiguous())
+        if condition.picture is not None:
+            clips = h.unflatten(0, (len(condition.picture), -1))
+            clips += condition.picture[:, None]
+        return h
 
 
 @dataclass(frozen=True)
@@ -207,9 +232,11 @@ class _Block(nn.Module):
             for layer in self.layers
         ]
 
-    def forward(self, h: Tensor, run: _Run) -> Tensor:
-        """(n, h, w, c_in) -> (n, h', w', c_out)."""
+    def forward(self, held: Held, run: _Run) -> Tensor:
+        """(n, h, w, c_in), or several whose channels are put together -> (n, h', w', c_out)."""
         condition = run.condition
+        h = torch.cat(held, dim=-1) if len(held) > 1 else held[0]
+        held.clear()
         for layer, number in zip(self.layers, self.numbers, strict=True):
             if isinstance(layer, SpatioTemporal):
                 h = layer(h, condition.frames, run.shifts[number], condition.videos)
@@ -223,14 +250,19 @@ class _Block(nn.Module):
 def _down(blocks: nn.ModuleList, skips: list[Tensor], run: _Run) -> None:
     """Run input blocks from the last skip on, and keep every result."""
     for block in blocks:
-        skips.append(block(skips[-1], run))
+        skips.append(block(skips[-1:], run))
 
 
-def _up(blocks: nn.ModuleList, h: Tensor, skips: list[Tensor], run: _Run) -> Tensor:
+def _up(blocks: nn.ModuleList, held: Held, skips: list[Tensor], run: _Run) -> None:
     """Run output blocks, each on what came up and the last skip that is left."""
     for block in blocks:
-        h = block(torch.cat([h, skips.pop()], dim=-1), run)
-    return h
+        held.append(skips.pop())
+        held.append(block(held, run))
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether the values are known to be equal; on the meta device there are none."""
+    return not a.is_meta and torch.equal(a, b)
 
 
 def _optimized(layer: nn.Module, place: Place) -> nn.Module:

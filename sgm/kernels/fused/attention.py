@@ -18,7 +18,7 @@ def temporal_attention(qkv: Tensor, heads: int, frames: int) -> Tensor:
     out = qkv.new_empty(n, s, heads * d)
     padded = max(_LEAST, triton.next_power_of_2(frames))
     with torch.cuda.device_of(qkv):
-        _kernel[heads * s, n // frames](
+        _temporal_attention[heads * s, n // frames](
             qkv, out, s, heads, frames, d, d**-0.5,
             FRAMES=padded,
             WIDTH=max(_LEAST, triton.next_power_of_2(d)),
@@ -28,7 +28,7 @@ def temporal_attention(qkv: Tensor, heads: int, frames: int) -> Tensor:
 
 
 @triton.jit
-def _kernel(
+def _temporal_attention(
     qkv: tl.tensor,
     out: tl.tensor,
     s: tl.tensor,

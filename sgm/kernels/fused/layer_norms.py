@@ -29,7 +29,7 @@ def residual_layer_norm(
     total = x if delta is None and shift is None else torch.empty_like(x)
     normed = torch.empty_like(x, dtype=dtype)
     with torch.cuda.device_of(x):
-        _kernel[(triton.cdiv(n * s, tokens),)](
+        _layer_norm[(triton.cdiv(n * s, tokens),)](
             x, delta, *shift_rows(shift), weight, bias, total, normed, n * s, s, c, eps,
             TOKENS=tokens, CHANNELS=channels,
         )  # fmt: skip
@@ -37,7 +37,7 @@ def residual_layer_norm(
 
 
 @triton.jit
-def _kernel(
+def _layer_norm(
     x: tl.tensor,
     delta: tl.tensor,
     shift: tl.tensor,

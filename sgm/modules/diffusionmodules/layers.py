@@ -70,9 +70,17 @@ class TemporalConv3d(nn.Conv3d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, c_in, t, h, w) -> (b, c_out, t, h, w)."""
+        return self._convolved(x, self.kernel_size[0] // 2)
+
+    def within(self, x: Tensor) -> Tensor:
+        """(b, c_in, t, h, w) -> (b, c_out, t - k + 1, h, w): where the kernel lies in the clip."""
+        return self._convolved(x, 0)
+
+    def _convolved(self, x: Tensor, margin: int) -> Tensor:
+        """With so many frames of zeros before the first and after the last."""
         if self.kernel_size[1:] != (1, 1):
-            return super().forward(x)
-        margin = self.kernel_size[0] // 2
+            padding = (margin, *(size // 2 for size in self.kernel_size[1:]))
+            return F.conv3d(x, self.weight, self.bias, padding=padding)
         out = F.conv2d(x.flatten(3), self.weight[..., 0], self.bias, padding=(margin, 0))
         return out.unflatten(3, x.shape[3:])
 
