@@ -14,9 +14,11 @@ import logging
 import os
 import signal
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import NoReturn
 
+from scripts.program import run_program, say
 from sgm.errors import one_line
 from sgm.training.signals import Stopped
 
@@ -69,7 +71,8 @@ def main(argv: list[str] | None = None) -> int:
 
         from sgm.training.run import train  # imports torch and Lightning, which takes seconds
 
-        weights = train(recipe, args.logdir, args.resume)
+        with redirect_stdout(sys.stderr):  # Lightning's progress bar
+            weights = train(recipe, args.logdir, args.resume)
     except Stopped as stopped:
         print(f"{stopped}: --resume goes on from there", file=sys.stderr)
         return 128 + stopped.number
@@ -85,9 +88,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {one_line(exc)}", file=sys.stderr)
         return 2
     if first:
-        print(f"averaged weights: {weights}")
+        say(f"averaged weights: {weights}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

@@ -11,7 +11,9 @@ import os
 import resource
 import socket
 import sys
+import time
 from contextlib import redirect_stderr, redirect_stdout
+from importlib import import_module
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ from tests.tiny import FRAMES, tiny_config
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 12
+SAVED_AT_THE_END = {"training.plan.save_minutes": 60, "lightning.save.steps": 1000}
+"""Changes to a recipe that otherwise saves all the time, which takes longer than its steps."""
 PRELOADED = ["sgm.training.run", "sgm.training.samples", "tests.runs"]
 
 
@@ -78,15 +82,18 @@ def curve(folder: Path) -> list[tuple[float, ...]]:
     return [(line["step"], line["lr"], line["loss"], line["norm"]) for line in lines]
 
 
-def start(count: int, arguments: list[str], output: Path) -> list[Any]:
-    """Start main.py in so many processes, as torchrun would; what they print goes to files."""
+def start(count: int, arguments: list[str], output: Path, program: str = "main") -> list[Any]:
+    """Start main.py, or another program, in so many processes, as torchrun would; what they print
+    goes to files."""
     context = _context()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     output.mkdir(parents=True, exist_ok=True)
     processes = [
-        context.Process(target=_run, args=(rank, count, port, arguments, str(output)), daemon=True)
+        context.Process(
+            target=_run, args=(rank, count, port, arguments, str(output), program), daemon=True
+        )
         for rank in range(count)
     ]
     for process in processes:
@@ -105,21 +112,32 @@ def _context() -> Any:
     return context
 
 
-def run(count: int, arguments: list[str], output: Path) -> list[int | None]:
+def run(count: int, arguments: list[str], output: Path, program: str = "main") -> list[int | None]:
     """As `start`, and wait; the exit codes."""
-    processes = start(count, arguments, output)
+    processes = start(count, arguments, output, program)
     for process in processes:
         process.join(timeout=100)
     return [process.exitcode for process in processes]
 
 
-def _run(rank: int, count: int, port: int, arguments: list[str], output: str) -> None:
+def kill_at(
+    step: int, log: Path, arguments: list[str], output: Path, program: str = "main"
+) -> None:
+    """As `start` for one process, and kill it once its log has so many steps."""
+    (process,) = start(1, arguments, output, program)
+    while process.is_alive() and (not log.exists() or log.read_text().count("\n") < step):
+        time.sleep(0.002)
+    assert process.is_alive(), "the run ended before it could be killed"
+    process.kill()
+    process.join()
+
+
+def _run(rank: int, count: int, port: int, arguments: list[str], output: str, program: str) -> None:
     torch.set_num_threads(1)
     if count > 1:
         os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
         os.environ |= {"MASTER_PORT": str(port)}
-    from main import main
-
+    main = import_module(program).main
     file = Path(output) / f"{rank}.err"
     with file.open("w") as err, redirect_stderr(err), redirect_stdout(io.StringIO()):
         code = main(arguments)

@@ -7,15 +7,17 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from sgm.training.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
 from sgm.training.metrics import perceptual_distance
 from sgm.training.module import TrainingModule
 from sgm.training.optim import ADVICE, Optim, set_rate
-from sgm.training.tasks import Batch, Logs, edges
+from sgm.training.tasks import Batch, Logs, check_autoencoder, edges
 
 
 class DecoderTask:
@@ -40,6 +42,10 @@ class DecoderTask:
         self.trainable = tuple(trainable)
         self.edge_weight, self.lpips_weight = edge_weight, lpips_weight
         self.perceptual = perceptual_distance(lpips) if lpips else None
+
+    def check(self, engine: Any, batch: Batch) -> None:
+        """Take an autoencoder of clips, alone or in a `DiffusionEngine`, and ``frames``."""
+        check_autoencoder(self, first_stage(engine), batch)
 
     def __call__(
         self, engine: Any, batch: Batch, generator: torch.Generator
@@ -118,18 +124,25 @@ class AdversarialModule(TrainingModule):
         self.automatic_optimization = False
         self.discriminator = PatchDiscriminator(task.channels, task.layers)
 
-    def configure_model(self) -> None:
+    def check(self, trainer: pl.Trainer, batch: Batch) -> None:
         """As in the base class.
 
         Raises:
-            ValueError: the strategy would share weights out, or the precision scales losses.
+            ValueError: the strategy would share weights out, the precision scales losses, or the
+                trainer is to do what the steps of two optimisers do themselves.
         """
-        if self.device_mesh is not None or self.trainer.scaler is not None:
+        super().check(trainer, batch)
+        if isinstance(trainer.strategy, ModelParallelStrategy) or trainer.scaler is not None:
             raise ValueError(
-                "a decoder with an adversary trains on one device or by the strategy "
-                "ddp_find_unused_parameters_true, in precision bf16-mixed or 32-true"
+                "lightning.trainer: a decoder with an adversary trains on one device or by the "
+                "strategy ddp_find_unused_parameters_true, in precision bf16-mixed or 32-true"
             )
-        super().configure_model()
+        if trainer.accumulate_grad_batches != 1 or trainer.gradient_clip_val:
+            raise ValueError(
+                "lightning.trainer: a decoder with an adversary trains without "
+                "accumulate_grad_batches (raise data.batch_size) and gradient_clip_val (set "
+                "training.optim.clip)"
+            )
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """Make the decoder's optimiser and the discriminator's."""

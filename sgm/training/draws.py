@@ -59,7 +59,10 @@ class StepBatches(Sampler[list[int]]):
         groups: Sequence[Sequence[int]] | None = None,
     ) -> None:
         if length < 1 or batch_size < 1:
-            raise ValueError(f"expected items and a batch size >= 1, got {length} and {batch_size}")
+            raise ValueError(
+                "data: expected 1 item or more in the dataset and a batch_size of 1 or more, "
+                f"got {length} and {batch_size}"
+            )
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.step, self.rank, self.world = step, rank, world
         self.groups = [np.arange(length)] if groups is None else [np.array(g) for g in groups]

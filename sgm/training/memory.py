@@ -7,7 +7,7 @@ narrow type and norms in float32. Shapes: b clips, t frames, h height, w width.
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -66,7 +66,7 @@ def announce(
     engine: nn.Module,
     task: Task,
     optim: Optim,
-    first_batch: Callable[[], Mapping[str, Tensor]],
+    batch: Mapping[str, Tensor],
     narrow: torch.dtype | None,
     device: torch.device,
 ) -> None:
@@ -76,13 +76,12 @@ def announce(
         engine: as in `count_needs`.
         task: as there.
         optim: as there.
-        first_batch: gives a batch of the sizes that will come.
+        batch: of the sizes that will come.
         narrow: as there.
         device: where the run computes.
     """
     if sum(p.numel() for p in engine.parameters()) < SMALL:
         return
-    batch = first_batch()
     needs, free = count_needs(engine, task, optim, batch, narrow), free_bytes(device)
     logger.info("training takes about %s of %.1f GB on %s", needs.describe(), free / 1e9, device)
     if needs.total > USABLE * free:

@@ -7,7 +7,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from sgm.config import build
 from sgm.modules.draws import ClipGenerators
@@ -17,7 +17,7 @@ from sgm.training.log import named_clips
 from sgm.training.optim import ADVICE, Optim, set_rate
 from sgm.training.signals import outlive_signals
 from sgm.training.strategies import shard
-from sgm.training.tasks import Task, select_trainable
+from sgm.training.tasks import Batch, Task, select_trainable
 
 
 class TrainingModule(pl.LightningModule):
@@ -41,6 +41,19 @@ class TrainingModule(pl.LightningModule):
         self.engine, self.task, self.optim, self.seed = engine, task, optim, seed
         self.trained = select_trainable(engine, task.trainable)
         self._micro_step = 0
+
+    def check(self, trainer: pl.Trainer, batch: Batch) -> None:
+        """Make sure that a run can take its first step.
+
+        Args:
+            trainer: of the run.
+            batch: such as will come.
+
+        Raises:
+            ValueError: what the task or the optimiser needs is missing.
+        """
+        self.optim.check()
+        self.task.check(self.engine, batch)
 
     def configure_model(self) -> None:
         """Share the parameters out where the strategy asks for it; begin the averages."""
@@ -142,19 +155,25 @@ class StepData(pl.LightningDataModule):
         self.dataset = build(dataset, "data.dataset")
         self.batch_size, self.workers, self.seed = batch_size, workers, seed
 
+    def example(self) -> dict[str, Tensor]:
+        """Return a batch of the sizes that will come: one item, repeated.
+
+        Raises:
+            ValueError: the dataset is empty, or the item damaged.
+        """
+        first = next(iter(self._batches()))[0]
+        batch: dict[str, Tensor] = default_collate([self.dataset[first]] * self.batch_size)
+        return batch
+
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return endless batches from the trainer's step on."""
         trainer = self.trainer
         if trainer is None:
             raise ValueError("StepData gives batches to a Trainer: call trainer.fit(module, data)")
-        sampler = StepBatches(
-            len(self.dataset),
-            self.batch_size,
-            self.seed,
+        sampler = self._batches(
             step=trainer.global_step * trainer.accumulate_grad_batches,
             rank=trainer.global_rank,
             world=trainer.world_size,
-            groups=getattr(self.dataset, "groups", None),
         )
         return DataLoader(
             self.dataset,
@@ -162,3 +181,7 @@ class StepData(pl.LightningDataModule):
             num_workers=self.workers,
             worker_init_fn=outlive_signals,
         )
+
+    def _batches(self, **place: int) -> StepBatches:
+        groups = getattr(self.dataset, "groups", None)
+        return StepBatches(len(self.dataset), self.batch_size, self.seed, groups=groups, **place)

@@ -56,15 +56,22 @@ class Optim:
             kind=(self.kind in MOMENT_BYTES, " or ".join(MOMENT_BYTES)),
         )
 
+    def check(self) -> None:
+        """Make sure that the optimiser can be made.
+
+        Raises:
+            ValueError: the package that it comes from is missing.
+        """
+        if self.kind == "adamw_8bit":
+            _bitsandbytes()
+
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """Make the optimiser, in its fused form: one pass over the memory.
 
         Raises:
-            ValueError: there are no parameters, or the package that it comes from is missing.
+            ValueError: the package that it comes from is missing.
         """
         params = list(parameters)
-        if not params:
-            raise ValueError("training.task.params.trainable: expected names of weights, got none")
         groups = [
             {"params": [p for p in params if p.ndim > 1], "weight_decay": self.weight_decay},
             {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},

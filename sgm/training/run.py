@@ -10,7 +10,6 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
-from torch.utils.data import default_collate
 
 from sgm.checkpoint import open_checkpoint, read_state_dict
 from sgm.config import build, check_arguments
@@ -72,7 +71,7 @@ def train(recipe: DictConfig, folder: Path, resume: bool) -> Path:
 
     Raises:
         ValueError: something in the recipe is wrong or missing, or the folder has a run and
-            ``resume`` is false.
+            ``resume`` is false. What can be told before the first step leaves nothing written.
         Stopped: SIGTERM or SIGINT came; the state after the last step is saved.
     """
     last = folder / "last.ckpt"
@@ -87,8 +86,6 @@ def train(recipe: DictConfig, folder: Path, resume: bool) -> Path:
     given = typed(recipe, "data", Data)
     data = StepData(given.dataset, given.batch_size, given.workers, settings.seed)
     module = _module(recipe, settings)
-    folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(recipe, folder / "recipe.yaml", resolve=True)
     with warnings.catch_warnings():
         for message in _EXPECTED:
             warnings.filterwarnings("ignore", message)
@@ -96,8 +93,10 @@ def train(recipe: DictConfig, folder: Path, resume: bool) -> Path:
         trainer = _trainer(lightning, folder, stop)
         if last.is_file():  # DeepSpeed's are folders
             _require_state_of(module, last)
-        if trainer.is_global_zero:
-            _announce_memory(module, data, trainer)
+        _look_ahead(module, data, trainer)
+        # The first that is written: what can be refused has been.
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(recipe, folder / "recipe.yaml", resolve=True)
         with memory_errors(SMALLER):
             trainer.fit(module, data, ckpt_path=last if last.exists() else None)
     stop.require_the_end()
@@ -108,17 +107,20 @@ def train(recipe: DictConfig, folder: Path, resume: bool) -> Path:
     return weights
 
 
-def _announce_memory(module: TrainingModule, data: StepData, trainer: pl.Trainer) -> None:
-    """Log what the run will take. Strategies that share a model out need less on each device."""
+def _look_ahead(module: TrainingModule, data: StepData, trainer: pl.Trainer) -> None:
+    """Make sure that the first step can be taken; log how much memory it will take.
 
-    def first_batch() -> dict[str, Any]:
-        groups = getattr(data.dataset, "groups", [[0]])
-        item = data.dataset[groups[0][0]]
-        return dict(default_collate([item] * data.batch_size))
+    Strategies that share a model out need less on each device.
 
-    narrow = NARROW.get(str(trainer.precision))
-    parts = (module.engine, module.task, module.optim)
-    announce(*parts, first_batch, narrow, trainer.strategy.root_device)
+    Raises:
+        ValueError: it cannot.
+    """
+    batch = data.example()
+    module.check(trainer, batch)
+    if trainer.is_global_zero:
+        narrow = NARROW.get(str(trainer.precision))
+        parts = (module.engine, module.task, module.optim)
+        announce(*parts, batch, narrow, trainer.strategy.root_device)
 
 
 def _require_state_of(module: TrainingModule, path: Path) -> None:

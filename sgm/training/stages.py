@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from sgm.training import assemble, snapshot
 from sgm.training.latents import LatentClips, encode_clips
@@ -88,6 +89,7 @@ class Stage:
     def fit(self, run: Run, dataset: Any) -> bool:
         """Train; say whether the plan is done."""
         plan = typed(self.recipe, "training.plan", Plan)
+        run.task.check(run.engine, default_collate([dataset[0]]))
         return run.fit(self.feed(dataset, run.seed, run.step), plan, self.deadline)
 
 

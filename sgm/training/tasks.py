@@ -1,9 +1,10 @@
 """What one training step computes; the plain loop and Lightning call the same tasks.
 
-A task is called as ``task(engine, batch, generator)`` and gives the loss and numbers to log. Its
-draws come from ``generator``, which the runner derives from (seed, step, rank); the runner seeds
-torch's own generator alike, for dropout inside networks. Clean latents are the modes of the first
-stage's distributions, whether encoded here or beforehand.
+A task is called as ``task(engine, batch, generator)`` and gives the loss and numbers to log; its
+``check`` is called before anything of a run is written. Its draws come from ``generator``, which
+the runner derives from (seed, step, rank); the runner seeds torch's own generator alike, for
+dropout inside networks. Clean latents are the modes of the first stage's distributions, whether
+encoded here or beforehand.
 Shapes: b clips, t frames, c channels, z latent channels, h height, w width.
 """
 
@@ -16,6 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sgm.models.autoencoder import AutoencodingEngine
+from sgm.models.diffusion import DiffusionEngine
+from sgm.modules.autoencoding.temporal_ae import VideoDecoder
 from sgm.modules.draws import draw
 from sgm.training.batch import condition_batch, precomputed_batch
 from sgm.training.latents import latent_modes
@@ -30,6 +34,13 @@ class Task(Protocol):
     @property
     def trainable(self) -> Sequence[str]:
         """Names of the engine's parts that learn."""
+
+    def check(self, engine: Any, batch: Batch) -> None:
+        """Make sure that this can train an engine on such batches.
+
+        Raises:
+            ValueError: names what the engine or the data lacks.
+        """
 
     def __call__(
         self, engine: Any, batch: Batch, generator: torch.Generator
@@ -49,8 +60,10 @@ def select_trainable(engine: nn.Module, names: Sequence[str]) -> list[nn.Paramet
             for dots: ``*.time_stack`` are all temporal layers.
 
     Raises:
-        ValueError: a name selects nothing, or an embedder that is not trainable.
+        ValueError: no names, or one that selects nothing or an embedder that is not trainable.
     """
+    if not names:
+        raise ValueError("training.task.params.trainable: expected names of weights, got none")
     lost = list(names)
     for name, parameter in engine.named_parameters():
         hits = [n for n in names if fnmatchcase(name, n) or fnmatchcase(name, f"{n}.*")]
@@ -89,6 +102,32 @@ def _refuse_fixed_embedders(engine: nn.Module) -> None:
             )
 
 
+def check_autoencoder(task: Task, autoencoder: Any, batch: Batch) -> None:
+    """Make sure that a task gets an autoencoder of clips, and clips.
+
+    Raises:
+        ValueError: it does not.
+    """
+    _require_kind(task, autoencoder, AutoencodingEngine)
+    _require_kind(task, autoencoder.decoder, VideoDecoder)
+    _require_frames(task, batch)
+
+
+def _require_kind(task: Task, part: object, kind: type) -> None:
+    if not isinstance(part, kind):
+        raise ValueError(
+            f"training.task: {type(task).__name__} expects the kind {kind.__name__}, "
+            f"got {type(part).__name__}: name another task or another model"
+        )
+
+
+def _require_frames(task: Task, batch: Batch) -> None:
+    if "frames" not in batch:
+        raise ValueError(
+            f"data.dataset: {type(task).__name__} needs clips with frames, got {', '.join(batch)}"
+        )
+
+
 def edges(x: Tensor) -> list[Tensor]:
     """Differences of neighbours along width, height and, in clips, time.
 
@@ -123,6 +162,10 @@ class ReconstructionTask:
         self.trainable = tuple(trainable)
         self.video, self.latent_noise = video, latent_noise
         self.kl_weight, self.edge_weight = kl_weight, edge_weight
+
+    def check(self, engine: Any, batch: Batch) -> None:
+        """Take an `AutoencodingEngine` of clips, and ``frames``."""
+        check_autoencoder(self, engine, batch)
 
     def __call__(
         self, engine: Any, batch: Batch, generator: torch.Generator
@@ -171,6 +214,15 @@ class DiffusionTask:
         self.aug_mean, self.aug_std = aug_mean, aug_std
         self.frames_at_once = frames_at_once
 
+    def check(self, engine: Any, batch: Batch) -> None:
+        """Take a `DiffusionEngine` with a loss, and all that its conditioner asks for."""
+        _require_kind(self, engine, DiffusionEngine)
+        if engine.loss_fn is None:
+            raise ValueError("model.params.loss_fn_config: expected a loss to train with, got none")
+        if "latents" not in batch:
+            _require_frames(self, batch)
+        engine.conditioner.require(*self._conditions(engine, batch, 1, torch.Generator()))
+
     def __call__(
         self, engine: Any, batch: Batch, generator: torch.Generator
     ) -> tuple[Tensor, Logs]:
@@ -180,8 +232,6 @@ class DiffusionTask:
         with the conditions that `sgm.training.batch.precomputed_batch` takes. Every other entry is
         a number for each clip that the conditioner may ask for; ``index`` is the clip's own.
         """
-        if engine.loss_fn is None:
-            raise ValueError("model.params.loss_fn_config: expected a loss to train with, got none")
         latents = self._latents(engine, batch)
         cond, given = self._conditions(engine, batch, latents.shape[1], generator)
         losses = engine.loss_fn(

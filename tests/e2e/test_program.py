@@ -12,7 +12,7 @@ from tests.tiny import write_tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "scripts" / "sampling" / "simple_video_sample.py"
-PROGRAMS = [SAMPLE, *sorted((ROOT / "scripts").glob("*.py"))]
+PROGRAMS = [SAMPLE, ROOT / "main.py", *sorted((ROOT / "scripts").glob("*.py"))]
 PROGRAMS = [path for path in PROGRAMS if "run_program(main)" in path.read_text()]
 FULL = "error: standard output cannot be written: No space left on device\n"
 
@@ -46,6 +46,7 @@ def on_a_full_disk(command):
 def test_the_programs_are_found():
     assert {path.stem for path in PROGRAMS} == {
         "simple_video_sample",
+        "main",
         "inspect_checkpoint",
         "convert",
         "download",

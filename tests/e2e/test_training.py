@@ -3,13 +3,8 @@ stages of a small model end in a checkpoint that samples.
 """
 
 import json
-import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from statistics import mean
 
 import pytest
@@ -22,7 +17,15 @@ from scripts import train_tiny
 from sgm.training.recipe import load_recipe
 from sgm.training.stages import Stage, encode_latents, train_unet
 from sgm.util import instantiate_from_config
-from tests.runs import ROOT, STEPS, curve, write_photos, write_recipe
+from tests.runs import (
+    SAVED_AT_THE_END,
+    STEPS,
+    curve,
+    kill_at,
+    run,
+    write_photos,
+    write_recipe,
+)
 from tests.tiny import tiny_config, write_tiny_checkpoint
 
 
@@ -32,23 +35,9 @@ def photos(tmp_path_factory):
     return write_photos(tmp_path_factory.mktemp("photos") / "photos.safetensors")
 
 
-def kill_at_some_step(command, log):
-    """Start a run and kill it once its log has a random number of steps; return how many."""
-    wanted = random.SystemRandom().randint(3, STEPS - 2)
-    threads = str(torch.get_num_threads())  # equal threads, equal sums
-    process = subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": threads},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    while process.poll() is None and (not log.exists() or log.read_text().count("\n") < wanted):
-        time.sleep(0.01)
-    assert process.poll() is None, "the run ended before it could be killed"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    return wanted
+def some_step():
+    """Another one at each run, after a state was saved and before the end."""
+    return random.SystemRandom().randint(3, STEPS - 2)
 
 
 def test_plain_run_continues_after_a_kill(tmp_path, photos):
@@ -56,12 +45,11 @@ def test_plain_run_continues_after_a_kill(tmp_path, photos):
     optimiser or the average, and a log that says a step twice."""
     path = write_recipe(tmp_path, photos, "svd_tiny_autoencoder")
     common = ["autoencoder", "--recipe", str(path), "--precision", "float32"]
-    killed = tmp_path / "killed" / "autoencoder"
-    script = ROOT / "scripts" / "train_tiny.py"
-    kill_at_some_step([script, *common, "--out", killed.parent], killed / "log.jsonl")
-    assert train_tiny.main([*common, "--out", str(killed.parent)]) == 0
-    assert train_tiny.main([*common, "--out", str(tmp_path / "whole")]) == 0
-    whole = tmp_path / "whole" / "autoencoder"
+    killed, whole = (tmp_path / name / "autoencoder" for name in ("killed", "whole"))
+    program = {"output": tmp_path / "out", "program": "scripts.train_tiny"}
+    kill_at(some_step(), killed / "log.jsonl", [*common, "--out", str(killed.parent)], **program)
+    for folder in (killed, whole):
+        assert run(1, [*common, "--out", str(folder.parent)], **program) == [0]
     assert len(curve(whole)) == STEPS
     assert curve(killed) == curve(whole)
     states = [torch.load(folder / "state.pt")["ema"] for folder in (killed, whole)]
@@ -74,14 +62,16 @@ def test_lightning_run_continues_after_a_kill(tmp_path, photos):
     from sgm.training.run import train
 
     path = write_recipe(tmp_path, photos, "svd_tiny_autoencoder")
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    kill_at_some_step(["main.py", "--base", path, "--logdir", killed], killed / "log.jsonl")
+    killed, whole, output = (tmp_path / name for name in ("killed", "whole", "out"))
+    base = ["--base", str(path), "--logdir"]
+    kill_at(some_step(), killed / "log.jsonl", [*base, str(killed)], output)
     with pytest.raises(ValueError, match="--resume"):
         train(load_recipe([path]), killed, resume=False)
-    weights = [train(load_recipe([path]), folder, resume=True) for folder in (killed, whole)]
+    for folder in (killed, whole):
+        assert run(1, [*base, str(folder), "--resume"], output) == [0]
     assert len(curve(whole)) == STEPS
     assert curve(killed) == curve(whole)
-    assert content(weights[0]) == content(weights[1])
+    assert content(killed / "weights.safetensors") == content(whole / "weights.safetensors")
 
 
 def content(path):
@@ -95,8 +85,8 @@ def test_plain_and_lightning_take_the_same_steps(tmp_path, photos):
     from sgm.training.run import train
 
     weights = str(write_tiny_checkpoint(tmp_path / "weights.safetensors"))
-    path = write_recipe(tmp_path, photos, "svd_tiny", **{"model.params.ckpt_path": weights})
-    recipe = load_recipe([path])
+    changes = {"model.params.ckpt_path": weights, **SAVED_AT_THE_END}
+    recipe = load_recipe([write_recipe(tmp_path, photos, "svd_tiny", **changes)])
     train(recipe, tmp_path / "lightning", resume=False)
     stage = Stage(recipe, tmp_path / "plain", torch.device("cpu"))
     run = stage.run("unet", stage.build())
@@ -112,10 +102,11 @@ def stages(tmp_path_factory, photos):
     """The folder of all stages of a small model, and the file that they end in."""
     folder = tmp_path_factory.mktemp("stages")
     common = ["--out", str(folder / "runs"), "--precision", "float32"]
-    write_recipe(folder, photos, "svd_tiny_autoencoder", **{"training.plan.steps": 60})
+    steps = {"training.plan.steps": 60, **SAVED_AT_THE_END}
+    write_recipe(folder, photos, "svd_tiny_autoencoder", **steps)
     write_recipe(folder, photos, "svd_tiny_decoder", **{"training.plan.steps": 3})
-    unet = {"training.plan.steps": 60, "data.cache": {"clips": 12, "shard": 5}}
-    write_recipe(folder, photos, "svd_tiny", **unet)
+    cache = {"data.cache": {"clips": 12, "shard": 5}}
+    write_recipe(folder, photos, "svd_tiny", **steps, **cache)
 
     def call(stage, recipe, *more):
         return train_tiny.main([stage, "--recipe", str(folder / f"{recipe}.yaml"), *common, *more])
@@ -231,16 +222,34 @@ def one_error(capsys):
         (["+engine.params.encoder_config.params.ch=-1"], "engine: sgm.models.autoencoder.Autoe"),
         (["+training.task.params.edge_weight=a"], "training.task.params.edge_weight: expected a n"),
         (["training.task.params.trainable=encoder"], "training.task.params.trainable: expected a"),
+        (["training.task.params.trainable=[]"], "training.task.params.trainable: expected names"),
+        (["+training.optim.kind=adamw_8bit"], "training.optim.kind adamw_8bit needs bitsandbytes"),
+        (["lightning.log.to=paper"], "lightning.log.to: expected tensorboard, wandb or none"),
+        (["+lightning.callbacks.v={target: sgm.no.Such}"], "there is no module 'sgm.no'"),
+        (["data.dataset.params.length=0"], "data: expected 1 item or more in the dataset and "),
         (["data.dataset.params.size=[32,a]"], "data.dataset.params.size: expected a list (each an"),
         (["data.dataset.params.photos=none.safetensors"], "none.safetensors"),
         (["--logdir", __file__], "test_training.py"),
     ],
 )
 def test_wrong_recipes_are_one_line(tmp_path, photos, capsys, overrides, message):
-    """Catches tracebacks, and overrides that are accepted and do nothing."""
+    """Catches tracebacks, overrides that are accepted and do nothing, and refusals that come once
+    the run's folder is made."""
     recipe = write_recipe(tmp_path, photos, "svd_tiny_autoencoder")
     assert main(["--base", str(recipe), "--logdir", str(tmp_path / "run"), *overrides]) == 2
     assert message in one_error(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_standard_output_has_the_result_alone(tmp_path, photos, capsys):
+    """Catches a progress bar that ends a run where nobody reads standard output, and that a
+    program which does would have to tell from the result."""
+    recipe = write_recipe(tmp_path, photos, "svd_tiny_autoencoder")
+    short = ["lightning.trainer.max_steps=1", "lightning.trainer.enable_progress_bar=true"]
+    assert main(["--base", str(recipe), "--logdir", str(tmp_path / "run"), *short]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"averaged weights: {tmp_path / 'run' / 'weights.safetensors'}\n"
+    assert "Epoch 0" in said.err
 
 
 def test_errors_are_one_line(tmp_path, photos, capsys):

@@ -1,18 +1,23 @@
 """Training of the temporal decoder against a discriminator, by main.py on the one-second model."""
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.strategies import DDPStrategy
 from safetensors.torch import load_file
 
 from sgm.training import snapshot
-from sgm.training.decoder_task import AdversarialTask, DecoderTask
+from sgm.training.decoder_task import AdversarialModule, AdversarialTask, DecoderTask
 from sgm.training.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
+from sgm.training.optim import Optim
 from sgm.training.recipe import load_recipe
 from sgm.training.run import train
-from tests.runs import curve, run, write_photos, write_recipe
+from sgm.training.strategies import FullyShard
+from tests.runs import SAVED_AT_THE_END, curve, run, write_photos, write_recipe
 from tests.tiny import tiny_engine, write_tiny_checkpoint
 
 
@@ -76,6 +81,7 @@ def recipe(tmp_path_factory):
         "training.task.params.start": 6,
         "training.task.params.channels": 4,
         "training.optim.lr": 1e-3,
+        **SAVED_AT_THE_END,
     }
     photos = write_photos(folder / "photos.safetensors")
     return folder, write_recipe(folder, photos, "svd_tiny_decoder_adversarial", **changes)
@@ -135,6 +141,28 @@ def test_two_processes_train_it(recipe, whole, tmp_path):
         # The gradient of |x| jumps at 0, so that rounding is seen in its norm.
         assert other[3] == pytest.approx(line[3], rel=1e-3)
     assert "adversarial" in json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        ({"strategy": FullyShard()}, "trains on one device or by the strategy"),
+        ({"scaler": torch.amp.GradScaler("cpu")}, "in precision bf16-mixed or 32-true"),
+        ({"accumulate_grad_batches": 2}, r"\(raise data\.batch_size\)"),
+        ({"gradient_clip_val": 1.0}, r"\(set training\.optim\.clip\)"),
+    ],
+)
+def test_trainers_that_cannot_train_against_it_are_refused_before_the_start(changes, message):
+    """Catches a traceback, and a refusal once the run's folder is made."""
+    stage = tiny_engine().first_stage_model
+    task = AdversarialTask(start=0, trainable=["decoder"], channels=4)
+    module = AdversarialModule(stage, task, Optim(lr=1.0), seed=0)
+    usual = {"strategy": DDPStrategy(), "scaler": None, "accumulate_grad_batches": 1}
+    trainer = SimpleNamespace(**usual | {"gradient_clip_val": None} | changes)
+    refused = pytest.raises(ValueError, match=rf"^lightning\.trainer: a decoder with .*{message}")
+    with refused if message else nullcontext():
+        module.check(trainer, {"frames": torch.zeros(1, 2, 3, 8, 8)})
 
 
 def test_the_adversary_needs_its_package():

@@ -3,7 +3,6 @@
 import json
 import random
 import signal
-import time
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from sgm.inference.settings import ModelFiles
 from sgm.inference.specs import SPECS
 from sgm.training import snapshot
 from sgm.training.export import export, weights_of
-from tests.runs import ROOT, STEPS, curve, run, start, write_photos, write_recipe
+from tests.runs import ROOT, STEPS, curve, kill_at, run, write_photos, write_recipe
 from tests.tiny import tiny_config, write_tiny_checkpoint
 
 TOLERANCE = 1e-4
@@ -177,14 +176,8 @@ def test_a_run_killed_five_times_goes_on(tmp_path):
     recipe = write_recipe(tmp_path, photos, "svd_tiny_autoencoder", **changes)
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     base = ["--base", str(recipe), "--logdir"]
-    for wanted in sorted(random.SystemRandom().sample(range(1, steps - 2), 5)):
-        (process,) = start(1, [*base, str(killed), "--resume"], tmp_path / "out")
-        log = killed / "log.jsonl"
-        while process.is_alive() and (not log.exists() or log.read_text().count("\n") < wanted):
-            time.sleep(0.002)
-        assert process.is_alive(), "the run ended before it could be killed"
-        process.kill()
-        process.join()
+    for step in sorted(random.SystemRandom().sample(range(1, steps - 2), 5)):
+        kill_at(step, killed / "log.jsonl", [*base, str(killed), "--resume"], tmp_path / "out")
     assert run(1, [*base, str(killed), "--resume"], tmp_path / "out") == [0]
     assert run(1, [*base, str(whole)], tmp_path / "out") == [0]
     assert len(curve(whole)) == steps

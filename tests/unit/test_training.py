@@ -260,10 +260,10 @@ def test_a_recipe_that_includes_itself_is_refused(tmp_path, included):
     assert load_recipe([tmp_path / "one.yaml", tmp_path / "two.yaml"]) == {"a": 1}
 
 
-def test_an_optimizer_of_no_weights_is_refused():
-    """Caught: torch's words, which name no key."""
+def test_a_task_that_trains_nothing_is_refused():
+    """Caught: a run whose optimiser finds nothing to do, once its folder is made."""
     with pytest.raises(ValueError, match=r"trainable: expected names of weights, got none"):
-        Optim(lr=1.0).build([])
+        select_trainable(tiny_engine(), [])
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)

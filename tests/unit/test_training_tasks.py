@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sgm.training.batch import condition_batch, precomputed_batch
+from sgm.training.decoder_task import DecoderTask
 from sgm.training.latents import LatentClips, encode_clips, latent_modes
 from sgm.training.pictures import WithPictures
 from sgm.training.tasks import DiffusionTask, ReconstructionTask, edges, select_trainable
@@ -46,6 +47,57 @@ def clip_batch(clips=2, size=32):
 def engine_with_loss():
     """A tiny engine with a loss; its first stage samples where it is not asked for the mode."""
     return tiny_engine(loss_fn_config=LOSS, **LEARNS)
+
+
+# ---------------------------------------------------------------- before a run
+def first_stage():
+    return tiny_engine().first_stage_model
+
+
+def image_decoder():
+    """A model whose first stage decodes pictures, each on its own."""
+    config = tiny_config().model.params.first_stage_config.params
+    decoder = {
+        "target": "sgm.modules.diffusionmodules.model.Decoder",
+        "params": config.encoder_config.params,
+    }
+    return tiny_engine(**{"first_stage_config.params.decoder_config": decoder})
+
+
+def without(batch, *keys):
+    return {key: value for key, value in batch.items() if key not in keys}
+
+
+@pytest.mark.parametrize(
+    ("task", "engine", "lost", "message"),
+    [
+        (DiffusionTask(), tiny_engine, (), r"^model\.params\.loss_fn_config: expected a loss"),
+        (DiffusionTask(), first_stage, (), "expects the kind DiffusionEngine, got AutoencodingE"),
+        (DiffusionTask(), engine_with_loss, ("frames",), r"^data\.dataset: .* got fps_id, motion_"),
+        (DiffusionTask(), engine_with_loss, ("fps_id",), r"needs the batch entries \['fps_id'\]"),
+        (ReconstructionTask(), tiny_engine, (), "the kind AutoencodingEngine, got DiffusionEngine"),
+        (ReconstructionTask(), first_stage, ("frames",), "ReconstructionTask needs clips with fra"),
+        (DecoderTask(), tiny_engine, ("frames",), "DecoderTask needs clips with frames"),
+        (DecoderTask(), image_decoder, (), "expects the kind VideoDecoder, got Decoder"),
+    ],
+)
+def test_what_a_task_cannot_train_is_refused_before_the_first_step(task, engine, lost, message):
+    """Caught: a traceback, or a refusal in the first step, when the run's folder is made."""
+    with pytest.raises(ValueError, match=message):
+        task.check(engine(), without(clip_batch(), *lost))
+
+
+@pytest.mark.parametrize(
+    ("task", "engine"),
+    [
+        (DiffusionTask(), engine_with_loss),
+        (ReconstructionTask(), first_stage),
+        (DecoderTask(), tiny_engine),
+        (DecoderTask(), first_stage),
+    ],
+)
+def test_what_a_task_can_train_passes(task, engine):
+    task.check(engine(), clip_batch())
 
 
 # ---------------------------------------------------------------- conditioning
