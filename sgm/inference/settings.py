@@ -79,6 +79,7 @@ def _model_section(config: Any) -> Config:
         _built(params, part)
     if params.get("sampler_config") is not None:
         sampler = _mapping(_built(params, "sampler_config"), "params")
+        _built(sampler, "discretization_config")
         if sampler.get("guider_config") is not None:
             _built(sampler, "guider_config")
     return model
@@ -300,13 +301,12 @@ def _with_filters(options: SamplingOptions) -> SamplingOptions:
 def _sampler_config(options: SamplingOptions, given: Mapping[str, Any], spec: ModelSpec) -> Config:
     """The YAML's sampler, or the row's, with what the flags change."""
     params = dict(given.get("params") or {})
-    params.setdefault("discretization_config", _DISCRETIZATION)
     row_guider = {
         "target": GUIDER_TARGETS[spec.guidance_shape],
         "params": {"min_scale": spec.min_guidance, "max_scale": spec.max_guidance},
     }
     if not given:
-        params["guider_config"] = row_guider
+        params = {"discretization_config": _DISCRETIZATION, "guider_config": row_guider}
     if _changes_guidance(options):
         base = params.get("guider_config") or row_guider
         params["guider_config"] = _guider_config(options, base, spec)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sgm.checkpoint import load_checkpoint
 from sgm.config import construct
 from sgm.models.autoencoder import AutoencodingEngine
+from sgm.models.widths import check_widths
 from sgm.modules.autoencoding.temporal_ae import VideoDecoder
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.util import default, instantiate_from_config, refuse_unknown
@@ -52,7 +53,7 @@ class DiffusionEngine(nn.Module):
         ignored: settings of the original trainer that published YAML files name.
 
     Raises:
-        ValueError: an unknown parameter, or one that a part refuses.
+        ValueError: an unknown parameter, one that a part refuses, or parts that do not fit.
     """
 
     def __init__(
@@ -72,12 +73,14 @@ class DiffusionEngine(nn.Module):
     ) -> None:
         super().__init__()
         refuse_unknown(self, ignored, IGNORED)
-        self.model = OpenAIWrapper(instantiate_from_config(network_config), compile_model)
+        network = instantiate_from_config(network_config)
+        self.model = OpenAIWrapper(network, compile_model)
         self.denoiser = instantiate_from_config(denoiser_config)
         self.sampler = instantiate_from_config(sampler_config) if sampler_config else None
         self.conditioner = instantiate_from_config(conditioner_config)
         self.first_stage_model: AutoencodingEngine = instantiate_from_config(first_stage_config)
         self.first_stage_model.requires_grad_(False).eval()
+        check_widths(network, self.conditioner, self.first_stage_model.latent_channels)
         self.loss_fn = instantiate_from_config(loss_fn_config) if loss_fn_config else None
         self.scale_factor = scale_factor
         self.disable_first_stage_autocast = disable_first_stage_autocast

@@ -113,6 +113,10 @@ def test_a_scale_that_only_the_guider_knows_counts_in_the_comparison():
         ({"params.sampler_config": "euler"}, "expected 'sampler_config' to hold names and values"),
         ({"params.sampler_config.params": 3}, "expected 'params' to hold names and values, got 3"),
         ({"params.sampler_config.params.guider_config": {}}, "expected 'guider_config' with a"),
+        (
+            {"params.sampler_config.params.discretization_config": None},
+            "expected 'discretization_config' with a 'target' in it",
+        ),
         ({"params.denoiser_config": None}, "expected 'denoiser_config' with a 'target' in it"),
         ({"params.network_config": ["x"]}, "expected 'network_config' to hold names and values"),
     ],

@@ -142,6 +142,8 @@ class VideoUNet(nn.Module):
         def build(block: Block) -> VideoSequential:
             return VideoSequential(*(_build_layer(layer, residual, attention) for layer in block))
 
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.adm_in_channels, self.context_dim = adm_in_channels, context_dim
         self.model_channels = model_channels
         self.use_checkpoint = use_checkpoint
         self.downsampling = plan.downsampling

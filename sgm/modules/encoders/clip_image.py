@@ -55,6 +55,10 @@ class FrozenOpenCLIPImageEmbedder(nn.Module):
         unsqueeze_dim: give (n, 1, d).
         ignored: ``version``, ``device``, ``init_device`` and others of published YAML files.
 
+    Attributes:
+        place: where the result enters the U-Net.
+        channels: d.
+
     Raises:
         ValueError: an unknown parameter, or an architecture that is no plain vision transformer.
     """
@@ -75,6 +79,8 @@ class FrozenOpenCLIPImageEmbedder(nn.Module):
         self.size = spec.image_size
         self.model = ImageTower(VisionTransformer(spec))
         self.unsqueeze_dim = unsqueeze_dim
+        self.place = "crossattn" if unsqueeze_dim else "vector"
+        self.channels = spec.embed_dim
         if freeze:
             self.requires_grad_(False)
 
@@ -98,7 +104,13 @@ class FrozenOpenCLIPImagePredictionEmbedder(nn.Module):
         open_clip_embedding_config: the embedder of one picture.
         n_cond_frames: condition frames per clip, one token each.
         n_copies: rows given per clip.
+
+    Attributes:
+        place: where the result enters the U-Net.
+        channels: d; None where the embedder does not tell it.
     """
+
+    place = "crossattn"
 
     def __init__(
         self, open_clip_embedding_config: Mapping[str, Any], n_cond_frames: int, n_copies: int
@@ -107,6 +119,7 @@ class FrozenOpenCLIPImagePredictionEmbedder(nn.Module):
         self.n_cond_frames = n_cond_frames
         self.n_copies = n_copies
         self.open_clip = instantiate_from_config(open_clip_embedding_config)
+        self.channels = getattr(self.open_clip, "channels", None)
 
     def forward(self, frames: Tensor) -> Tensor:
         """(b n_cond_frames, 3, h, w) in [-1, 1] -> (b n_copies, n_cond_frames, d)."""

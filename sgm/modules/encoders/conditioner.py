@@ -69,6 +69,30 @@ class GeneralConditioner(nn.Module):
             embedder.train(mode and trainable)
         return self
 
+    def widths(self) -> dict[str, dict[str, int]] | None:
+        """Channels that the embedders give, by place and input key.
+
+        An embedder tells them by its attributes ``place`` and ``channels``, the latter of an entry
+        of one number or picture for each row. None where one does not.
+        """
+        given: dict[str, dict[str, int]] = {place: {} for place in CHANNEL_DIM}
+        for key, embedder in zip(self.input_keys, self.embedders, strict=True):
+            place, channels = (getattr(embedder, name, None) for name in ("place", "channels"))
+            if place is None or channels is None:
+                return None
+            given[place][key] = channels
+        return given
+
+    def require(self, batch: Batch, given: Batch) -> None:
+        """Make sure that there is an entry, or a result, for each embedder.
+
+        Raises:
+            ValueError: names those that are missing.
+        """
+        missing = [key for key in self.input_keys if key not in batch and key not in given]
+        if missing:
+            raise ValueError(f"conditioning needs the batch entries {missing}, got {list(batch)}")
+
     def embed(self, batch: Batch, given: Batch | None = None) -> list[Tensor]:
         """Each embedder's result on its entry of the batch.
 
@@ -80,9 +104,7 @@ class GeneralConditioner(nn.Module):
             ValueError: an entry is missing.
         """
         given = given or {}
-        missing = [key for key in self.input_keys if key not in batch and key not in given]
-        if missing:
-            raise ValueError(f"conditioning needs the batch entries {missing}, got {list(batch)}")
+        self.require(batch, given)
         results = []
         for embedder, key, trainable in zip(
             self.embedders, self.input_keys, self.trainable, strict=True

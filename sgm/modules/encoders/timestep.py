@@ -11,11 +11,17 @@ class ConcatTimestepEmbedderND(nn.Module):
 
     Args:
         outdim: width of one number's embedding.
+
+    Attributes:
+        place: where the result enters the U-Net.
+        channels: its width, of one number per row.
     """
+
+    place = "vector"
 
     def __init__(self, outdim: int) -> None:
         super().__init__()
-        self.outdim = outdim
+        self.outdim = self.channels = outdim
 
     def forward(self, x: Tensor) -> Tensor:
         """(n,) or (n, d) numbers -> (n, d outdim), float32."""

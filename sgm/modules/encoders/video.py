@@ -21,7 +21,13 @@ class VideoPredictionEmbedderWithEncoder(nn.Module):
         scale_factor: multiplies the latents; 1 in every published model.
         en_and_decode_n_samples_a_time: pictures encoded at once; all where None.
         disable_encoder_autocast: encode in the encoder's own type, whatever autocast says.
+
+    Attributes:
+        place: where the result enters the U-Net.
+        channels: n_cond_frames z; None where the encoder does not tell z.
     """
+
+    place = "concat"
 
     def __init__(
         self,
@@ -41,6 +47,8 @@ class VideoPredictionEmbedderWithEncoder(nn.Module):
         self.chunk = en_and_decode_n_samples_a_time
         self.disable_encoder_autocast = disable_encoder_autocast
         self.encoder = instantiate_from_config(encoder_config)
+        z = getattr(self.encoder, "latent_channels", None)
+        self.channels = None if z is None else n_cond_frames * z
 
     def forward(self, frames: Tensor) -> Tensor:
         """(b n_cond_frames, 3, h, w) in [-1, 1] -> (b n_copies, n_cond_frames z, h / f, w / f).
