@@ -8,16 +8,16 @@ import json
 import logging
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from sgm.errors import let_go
 from sgm.inference import record
-from sgm.inference.files import expand_inputs, next_output_path, user_path
+from sgm.inference.files import expand_inputs, place_numbered, user_path
 from sgm.inference.flags import OUTPUT_FOLDER, SAMPLE_PICTURE, Request, to_options
+from sgm.inference.levels import DEFAULT_LEVEL
 from sgm.inference.options import SamplingOptions
 from sgm.inference.settings import ModelFiles, Settings, find_model, resolve
 from sgm.inference.specs import find_file
@@ -82,6 +82,7 @@ def plan_job(request: Request) -> Job:
     if request.repeat is None:
         return _plan(request)
     earlier = record.read_record(request.repeat)
+    record.refuse_missing(request, earlier)
     job = _plan(record.repeat_request(request, earlier))
     with record.background_sha256(job.files.weight_files) as checkpoint_sha256:
         record.refuse_changes(request, earlier, job.files, checkpoint_sha256)
@@ -101,7 +102,7 @@ def decide_machine(options: SamplingOptions) -> dict[str, Any]:
     return {
         "device": str(device),
         "dtype": options.dtype or default_dtype(device),
-        "optimize": options.optimize or "exact",
+        "optimize": options.optimize or DEFAULT_LEVEL,
         "memory": options.memory or "auto",
     }
 
@@ -223,30 +224,22 @@ def _make(
     began = time.monotonic()
     try:
         video = pipeline(run.picture, run.settings.options, callback=callback)
-        with next_output_path(job.folder, "" if job.format == "png" else f".{job.format}") as path:
-            made = {
-                "video": path.name,
-                "seconds": round(time.monotonic() - began, 2),
-                "made_with": record.describe_machine(device_name(pipeline.device)),
-            }
-            described = record.with_finding(run.described, video.flagged)
-            complete = record.with_checkpoint(described, checkpoint_sha256()) | made
-            with _text_beside(path.with_suffix(".json"), json.dumps(complete, indent=2)):
-                video.save(path)
+        made = {
+            "seconds": round(time.monotonic() - began, 2),
+            "made_with": record.describe_machine(device_name(pipeline.device)),
+        }
+        described = record.with_finding(run.described, video.flagged)
+        complete = record.with_checkpoint(described, checkpoint_sha256())
+
+        def describe(name: str) -> str:
+            return json.dumps(complete | {"video": name} | made, indent=2)
+
+        suffix = "" if job.format == "png" else f".{job.format}"
+        with TemporaryDirectory(prefix=".unfinished-", dir=job.folder) as unfinished:
+            whole = video.save(Path(unfinished, f"video{suffix}"))
+            path = place_numbered(whole, job.folder, describe)
     except (ValueError, OSError, MemoryError) as error:
         logger.debug("%s failed", run.source, exc_info=True)
         let_go(error)
         return Outcome(run.source, error=error)
     return Outcome(run.source, path, time.monotonic() - began, video=video)
-
-
-@contextmanager
-def _text_beside(path: Path, text: str) -> Iterator[None]:
-    """Write a text that appears under its name when the block has succeeded."""
-    unfinished = path.with_name(f".{path.name}.part")
-    try:
-        unfinished.write_text(text + "\n", encoding="utf-8")
-        yield
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

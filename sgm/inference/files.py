@@ -2,8 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from glob import glob
 from pathlib import Path
 
@@ -95,38 +94,40 @@ def _pictures_in(folder: Path) -> list[Path | str]:
     return pictures
 
 
-@contextmanager
-def next_output_path(folder: str | Path, suffix: str = ".mp4") -> Iterator[Path]:
-    """Reserve the next free number of a folder, as in ``000004.mp4``, while the block runs.
+def place_numbered(video: Path, folder: Path, describe: Callable[[str], str]) -> Path:
+    """Move a video to the next free number of a folder, as in ``000004.mp4``, beside its record.
 
-    A number counts as taken as soon as a file of any suffix bears it, so the description beside a
-    video can have the same stem. Processes that share the folder get different numbers: a hidden
-    file marks the number until the block ends.
+    A number counts as taken as soon as a file of any suffix bears it. Of processes that share the
+    folder, the one that makes ``000004.json`` has that number. Nothing else marks it, so that a
+    kill keeps none from others; at worst it leaves a record whose video was about to come.
 
     Args:
-        folder: where the file will be; made if absent.
-        suffix: end of the name with its dot, or empty for a folder of frames.
+        video: the whole video, a file or a folder of frames, in the file system of ``folder``.
+        folder: where it goes.
+        describe: gives the text of its record, by its name there.
 
-    Yields:
-        A path at which nothing stands yet.
+    Returns:
+        Where the video is.
+
+    Raises:
+        OSError: the folder cannot be written; it is left as it was.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     while True:
-        stem = f"{_highest_number(folder) + 1:06d}"
-        claim = folder / f".{stem}.claim"
+        path = folder / f"{_highest_number(folder) + 1:06d}{video.suffix}"
+        record = path.with_suffix(".json")
         try:
-            claim.touch(exist_ok=False)
+            file = record.open("x", encoding="utf-8")
         except FileExistsError:
-            continue
+            continue  # another process has just taken this number
         try:
-            if not any(folder.glob(f"{stem}*")):  # else another process has just finished this one
-                yield folder / (stem + suffix)
-                return
-        finally:
-            claim.unlink(missing_ok=True)
+            with file:
+                file.write(describe(path.name) + "\n")
+            return video.rename(path)
+        except BaseException:
+            record.unlink()
+            raise
 
 
 def _highest_number(folder: Path) -> int:
-    names = (re.match(r"\.?(\d{6,})(\.|$)", path.name) for path in folder.iterdir())
+    names = (re.match(r"(\d{6,})(\.|$)", path.name) for path in folder.iterdir())
     return max((int(name[1]) for name in names if name), default=-1)

@@ -12,7 +12,7 @@ from threading import Event
 from typing import TYPE_CHECKING, Any, cast
 
 import sgm
-from sgm.inference.files import is_address, user_path
+from sgm.inference.files import is_address, is_there, user_path
 from sgm.inference.flags import Request
 from sgm.inference.options import SamplingOptions
 from sgm.inference.settings import ModelFiles, Settings
@@ -27,6 +27,13 @@ OFF = "off"  # what a record says of a safety filter that was not asked for
 # What decides the pixels and the file; the rest says where things lay and who computed.
 _DECIDING = ("version", "format", "options", "sampler_config")
 _HASHED = ("input", "config", "checkpoint")
+# By entry of a record with a path, the flag that gives another.
+_FLAGS = {
+    "input": "input_path",
+    "config": "config",
+    "checkpoint": "ckpt_path",
+    "safety_filter": "safety_filter",
+}
 
 
 def describe_run(files: ModelFiles, settings: Settings, source: Record, format: str) -> Record:
@@ -162,31 +169,57 @@ def repeat_request(request: Request, record: Record) -> Request:
     )
 
 
+def refuse_missing(asked: Request, record: Record) -> None:
+    """Make sure that all files of a record are there, apart from those that ``asked`` replaces.
+
+    Raises:
+        ValueError: one is not; names the flag that gives another.
+    """
+    for name, path in _used_again(asked, record).items():
+        there = Path(path).is_file() if name == "input" else is_there(path)
+        if not (there or is_address(path)):
+            raise ValueError(
+                f"the {name} {path} of the record is no longer there: "
+                f"say with --{_FLAGS[name]} where it is now, or give another"
+            )
+
+
 def refuse_changes(
     asked: Request, record: Record, files: ModelFiles, checkpoint_sha256: Callable[[], str]
 ) -> None:
-    """Make sure that what is to be repeated is still there, apart from what ``asked`` replaces.
+    """Make sure that what is to be repeated is as it was, apart from what ``asked`` replaces.
 
     Raises:
         ValueError: the picture, YAML or weights have changed since the record was written.
     """
-    path = record["input"]["path"]
-    found: dict[str, tuple[str, Callable[[], str]]] = {}
-    if not asked.input_path and not is_address(path) and Path(path).is_file():
-        found["input"] = "input_path", lambda: sha256_of_file(path)
-    if not (asked.config or asked.version):
-        found["config"] = "config", lambda: _sha256_of_config(files)
-    if not (asked.ckpt_path or asked.version or "lora" in asked.options):
-        found["checkpoint"] = "ckpt_path", checkpoint_sha256
-    if _filter_sha256(record) and "safety_filter" not in asked.options:
-        folder = record["safety_filter"]["path"]
-        found["safety_filter"] = "safety_filter", lambda: _describe_filter(folder)["sha256"]
-    for name, (flag, sha256) in found.items():
-        if sha256() != record[name]["sha256"]:
+    paths = _used_again(asked, record)
+    if is_address(paths.get("input")):
+        del paths["input"]
+    if "lora" in asked.options:
+        paths.pop("checkpoint", None)
+    sha256: dict[str, Callable[[], str]] = {
+        "input": lambda: sha256_of_file(paths["input"]),
+        "config": lambda: _sha256_of_config(files),
+        "checkpoint": checkpoint_sha256,
+        "safety_filter": lambda: _describe_filter(paths["safety_filter"])["sha256"],
+    }
+    for name, path in paths.items():
+        if sha256[name]() != record[name]["sha256"]:
             raise ValueError(
-                f"the {name} {record[name]['path']} is no longer the one of the record: "
-                f"give --{flag} to use another"
+                f"the {name} {path} is no longer the one of the record: "
+                f"give --{_FLAGS[name]} to use another"
             )
+
+
+def _used_again(asked: Request, record: Record) -> dict[str, str]:
+    """Where the files of a record lie, by its entries, apart from those that ``asked`` replaces."""
+    replaced = {
+        "input": asked.input_path,
+        "config": asked.config or asked.version,
+        "checkpoint": asked.ckpt_path or asked.version,
+        "safety_filter": "safety_filter" in asked.options or _filter_sha256(record) is None,
+    }
+    return {name: record[name]["path"] for name, other in replaced.items() if not other}
 
 
 @contextmanager

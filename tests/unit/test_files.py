@@ -1,56 +1,91 @@
 """Inputs are found as a user means them; outputs get numbers that never collide."""
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from sgm.inference import files
-from sgm.inference.files import expand_inputs, next_output_path
+from sgm.inference.files import expand_inputs, place_numbered
 
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_output_numbers_go_on_from_the_highest_and_spare_every_suffix(tmp_path):
+@pytest.fixture
+def place(tmp_path):
+    """Puts a video into the folder of videos; gives its name there."""
+    (tmp_path / "videos").mkdir()
+
+    def place(name="new.mp4", text="", describe=str):
+        video = tmp_path / name
+        video.write_text(text)
+        return place_numbered(video, tmp_path / "videos", describe).name
+
+    return place
+
+
+def test_output_numbers_go_on_from_the_highest_and_spare_every_suffix(tmp_path, place):
     """Caught: counting the files of one suffix, which overwrites after one was deleted."""
-    folder = tmp_path / "outputs"
-    with next_output_path(folder) as path:
-        assert path == folder / "000000.mp4"
+    folder = tmp_path / "videos"
+    assert place(describe=lambda name: f"made {name}") == "000000.mp4"
+    assert (folder / "000000.json").read_text() == "made 000000.mp4\n"
     for taken in ("000001.mp4", "000007.json", "notes.txt", "99.mp4"):
         (folder / taken).touch()
-    with next_output_path(folder, ".gif") as first, next_output_path(folder, "") as second:
-        assert (first.name, second.name) == ("000008.gif", "000009")
-    assert names(folder) == ["000001.mp4", "000007.json", "99.mp4", "notes.txt"]
+    assert [place("new.gif"), place("new")] == ["000008.gif", "000009"]
+    made = {"000000.mp4", "000000.json", "000008.gif", "000008.json", "000009", "000009.json"}
+    assert set(names(folder)) == made | {"000001.mp4", "000007.json", "99.mp4", "notes.txt"}
 
 
-def test_a_number_is_given_back_after_a_failure(tmp_path):
-    with pytest.raises(KeyboardInterrupt), next_output_path(tmp_path):
-        raise KeyboardInterrupt
-    with next_output_path(tmp_path) as path:
-        assert path.name == "000000.mp4"
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError])
+def test_a_number_is_given_back_after_a_failure(tmp_path, place, monkeypatch, failure):
+    """Caught: a record of a video that is not there."""
+
+    def refused(*_):
+        raise failure
+
+    with pytest.raises(failure):
+        place(describe=refused)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refused)
+        with pytest.raises(failure):
+            place()
+    assert names(tmp_path / "videos") == []
+    assert place() == "000000.mp4"
 
 
-def test_writers_at_the_same_time_never_share_a_number(tmp_path):
+def test_writers_at_the_same_time_never_share_a_number(tmp_path, place):
+    """Caught: a video that replaces another's, and a record beside a video of another."""
+
     def write(index):
-        with next_output_path(tmp_path, ".txt") as path, path.open("x") as file:
-            file.write(str(index))  # opening fails where the name is taken
+        return place(f"{index}.txt", str(index), lambda _: str(index))
 
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(write, range(64)))
-    assert names(tmp_path) == [f"{index:06d}.txt" for index in range(64)]
-    assert {path.read_text() for path in tmp_path.iterdir()} == {str(i) for i in range(64)}
+        made = sorted(pool.map(write, range(64)))
+    assert made == [f"{index:06d}.txt" for index in range(64)]
+    texts = [
+        [(tmp_path / "videos" / name).with_suffix(suffix).read_text().strip() for name in made]
+        for suffix in (".txt", ".json")
+    ]
+    assert texts[0] == texts[1]
+    assert set(texts[0]) == {str(index) for index in range(64)}
 
 
-@pytest.mark.parametrize("taken", [".000000.claim", "000000.mp4"], ids=["claimed", "finished"])
-def test_a_number_taken_after_the_listing_is_passed_over(tmp_path, monkeypatch, taken):
-    """Another process takes 0 between this one's look at the folder and its claim."""
+def test_a_number_taken_after_the_listing_is_passed_over(tmp_path, place, monkeypatch):
+    """Another process takes 0 between this one's look at the folder and its record."""
     listing, stale = files._highest_number, [-1]
     monkeypatch.setattr(files, "_highest_number", lambda f: stale.pop() if stale else listing(f))
-    (tmp_path / taken).touch()
-    with next_output_path(tmp_path) as path:
-        assert path.name == "000001.mp4"
-    assert names(tmp_path) == [taken], "the other's claim stays its own"
+    (tmp_path / "videos" / "000000.json").write_text("another's")
+    assert place() == "000001.mp4"
+    assert (tmp_path / "videos" / "000000.json").read_text() == "another's"
+
+
+def test_what_a_killed_process_left_takes_no_number(tmp_path, place):
+    """Caught: numbers that are skipped for ever, for the mark that was to reserve them stays."""
+    (tmp_path / "videos" / ".000000.claim").touch()  # of an older version
+    (tmp_path / "videos" / ".unfinished-x1").mkdir()
+    assert place() == "000000.mp4"
 
 
 @pytest.fixture

@@ -195,6 +195,26 @@ def test_changes_are_refused_unless_replaced(files, tmp_path):
         record.refuse_changes(Request(), made, files, lambda: "cc")
 
 
+def test_files_that_have_moved_are_named_with_the_flag_that_replaces_them(files, tmp_path):
+    """Caught: "no such file" alone, which leaves it open how to repeat the run all the same."""
+    places = {"input": "input_path", "config": "config", "checkpoint": "ckpt_path"}
+    made = describe(files)
+    for name in places:
+        (tmp_path / name).write_bytes(b"content")
+        made[name]["path"] = str(tmp_path / name)
+    record.refuse_missing(Request(), made)
+    for name, flag in places.items():
+        (tmp_path / name).rename(tmp_path / "moved")
+        with pytest.raises(
+            ValueError, match=rf"the {name} .*{name} .* no longer there: .* --{flag} "
+        ):
+            record.refuse_missing(Request(), made)
+        record.refuse_missing(Request(**{flag: "other"}), made)
+        (tmp_path / "moved").rename(tmp_path / name)
+    address = describe(files, source={"path": "http://x/a.png", "sha256": "aa"})
+    record.refuse_missing(Request(config="x", ckpt_path="y"), address)
+
+
 def test_hashing_in_the_background(tmp_path, monkeypatch):
     monkeypatch.setenv("SGM_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "weights"
