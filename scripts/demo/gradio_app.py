@@ -21,13 +21,13 @@ import sys
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from functools import partial, wraps
+from functools import wraps
 from hashlib import sha256
 from html import escape
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -35,21 +35,24 @@ if __name__ == "__main__":
 import gradio as gr
 
 from scripts.demo.arguments import page_parser
+from scripts.demo.gradio_widgets import (
+    asked_options,
+    model_input,
+    option_inputs,
+    picture_input,
+    take_uploads_alone,
+)
 from sgm.errors import one_line
-from sgm.inference.flags import SAMPLE_PICTURE, Request
-from sgm.inference.options import GROUPS, Option, SamplingOptions, option_fields
-from sgm.inference.specs import SPECS, default_spec, find_file
+from sgm.inference.flags import SAMPLE_PICTURE
+from sgm.inference.specs import find_file
 from sgm.inference.videos import write_video
 from sgm.serving.gallery import Run
 from sgm.serving.limits import Limits
-from sgm.serving.models import default_offer
 from sgm.serving.queue import Cancelled, Ticket
 from sgm.serving.reporting import RunProgress, in_words
 from sgm.serving.studio import Order, Studio
-from sgm.serving.widgets import bounds, has_slider, help_text, label, placeholder
 
 TITLE = "A picture becomes a video"
-IN_SIGHT = ("motion_bucket_id", "num_frames", "num_steps", "seed")
 POLL_SECONDS = 0.3
 SPARE_THREADS = 40  # beside those in which orders wait
 STYLE = ".preview img { width: 100%; } .preview progress { width: 100%; }"
@@ -125,9 +128,9 @@ def build(studio: Studio) -> gr.Blocks:
         gr.Markdown(f"# {TITLE}")
         with gr.Row():
             with gr.Column():
-                pictures = _picture_input()
-                version = _model_input(studio)
-                options = _option_inputs(studio, version)
+                pictures = picture_input()
+                version = model_input(studio)
+                options = option_inputs(studio, version)
             with gr.Column():
                 with gr.Row():
                     make = gr.Button("Make the video", variant="primary")
@@ -138,7 +141,7 @@ def build(studio: Studio) -> gr.Blocks:
                     files = gr.File(
                         label="Files", file_count="multiple", interactive=False, height=120
                     )
-                    _take_uploads_alone(files)
+                    take_uploads_alone(files)
                     with gr.Accordion("What made it", open=False):
                         # As text: gr.JSON takes every entry named "path" for a file to fetch.
                         records = gr.Code(label="Records", language="json", interactive=False)
@@ -154,9 +157,6 @@ def build(studio: Studio) -> gr.Blocks:
         )
         cancel.click(desk.cancel, api_name="cancel", concurrency_limit=None)
         hidden: Any = {"api_visibility": "private", "queue": False}
-        texts = {name: each for name, each in options.items() if isinstance(each, gr.Textbox)}
-        tell = partial(_placeholders, studio, list(texts))
-        version.change(tell, version, list(texts.values()), **hidden)
         make.click(lambda: gr.update(visible=False), None, result, **hidden)
         making.success(_shown, files, [result, player], **hidden)
         files.select(_selected, files, player, **hidden)
@@ -181,7 +181,7 @@ class Desk:
         """Make videos: their files, what made each, and on the way there how far it is."""
         visitor = self._visitor(request)
         with _errors_in_one_line():
-            asked = SamplingOptions(**{name: _value(name, each) for name, each in options.items()})
+            asked = asked_options(options)
             ticket = self.studio.submit(visitor, Order(version, _read(pictures), asked))
             self._tickets.setdefault(visitor, set()).add(ticket)
             try:
@@ -225,111 +225,6 @@ def _with_names(
     public: Any = named
     public.__signature__ = Signature([*own, *options])
     return named
-
-
-def _picture_input() -> gr.Gallery:
-    pictures = gr.Gallery(
-        label="Pictures (without one: the sample)",
-        file_types=["image"],
-        sources=["upload", "webcam", "clipboard"],
-        type="filepath",
-        interactive=True,
-        columns=3,
-        fit_columns=False,
-        height=200,
-    )
-    _take_uploads_alone(pictures)
-    return pictures
-
-
-def _take_uploads_alone(component: Any) -> None:
-    """Have a component refuse addresses, which Gradio would fetch for whoever sends one."""
-    move = component.async_move_resource_to_block_cache
-
-    async def take(place: str | Path | None) -> str | None:
-        if "://" in str(place):
-            raise gr.Error("upload the picture: addresses are not fetched", print_exception=False)
-        moved: str | None = await move(place)
-        return moved
-
-    component.async_move_resource_to_block_cache = take
-
-
-def _model_input(studio: Studio) -> gr.Dropdown:
-    offers = studio.offers()
-    first = default_offer(offers)
-    chosen = first.spec if first else default_spec()  # which says what to do where there is none
-    present = [offer.spec for offer in offers if offer.present]
-    absent = [f"{offer.spec.name}: `{offer.command}`" for offer in offers if not offer.present]
-    choices = [(f"{spec.name}: {spec.about}", spec.name) for spec in present]
-    version = gr.Dropdown(choices, value=chosen.name, label="Model")
-    if absent:
-        with gr.Accordion("Other models, and how to get them", open=False):
-            gr.Markdown("\n".join(f"- {line}" for line in absent))
-    return version
-
-
-def _option_inputs(studio: Studio, version: gr.Dropdown) -> dict[str, Any]:
-    """A widget for each option that visitors may set, by name."""
-    name = str(version.value)
-    usual = studio.settings(name, None, SamplingOptions()).options
-    offered = {group: studio.limits.offered(group) for group in GROUPS}
-
-    def widgets(options: list[Option], in_sight: bool) -> dict[str, Any]:
-        chosen = [option for option in options if (option.name in IN_SIGHT) is in_sight]
-        return {option.name: _widget(option, usual, studio.limits) for option in chosen}
-
-    inputs = widgets(offered["basic"], in_sight=True)
-    panels = {}
-    for group, options in offered.items():
-        shown = group != "sv3d" or SPECS[name].orbit
-        with gr.Accordion(GROUPS[group], open=False, visible=shown) as panels[group]:
-            inputs |= widgets(options, in_sight=False)
-    version.change(
-        lambda name: gr.update(visible=SPECS[name].orbit),
-        version,
-        panels["sv3d"],
-        api_visibility="private",
-        queue=False,
-    )
-    return inputs
-
-
-def _widget(option: Option, usual: SamplingOptions, limits: Limits) -> Any:
-    """A widget for an option; where it is empty, the model decides."""
-    meta, default = option.metadata, cast(Any, option.default)
-    common: Any = {"label": label(option), "info": help_text(option)}
-    match meta["kind"]:
-        case "switch":
-            return gr.Checkbox(default, **common)
-        case "choice":
-            unset = [(meta["unset"], "")] if default is None else []
-            choices = [*unset, *((each, each) for each in meta["choices"])]
-            return gr.Dropdown(choices, value=default or "", **common)
-        case "integer" | "number" as kind if default is not None:
-            style = {"step": meta["step"], "precision": 0 if kind == "integer" else None}
-            if has_slider(option, limits):
-                low, high = bounds(option, limits)
-                return gr.Slider(low, high, default, **style, **common)
-            return gr.Number(default, **style, **common)
-    # As text also numbers that may be left out: gr.Number draws what is empty as 0.
-    text = default or ""
-    return gr.Textbox(text, placeholder=placeholder(option, usual), max_lines=1, **common)
-
-
-def _placeholders(studio: Studio, names: Sequence[str], version: str) -> list[Any]:
-    """What empty widgets stand for with another model."""
-    usual = studio.settings(version, None, SamplingOptions()).options
-    options = {option.name: option for option in option_fields()}
-    texts = [placeholder(options[name], usual) for name in names]
-    return [gr.update(placeholder=text) for text in texts]
-
-
-def _value(name: str, value: Any) -> Any:
-    """What a widget holds, as the options take it."""
-    if not isinstance(value, str):
-        return value
-    return Request.from_texts([], {name: value}).options.get(name) if value else None
 
 
 def _read(pictures: Pictures) -> tuple[bytes, ...]:

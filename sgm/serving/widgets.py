@@ -3,17 +3,26 @@
 from typing import Any
 
 from sgm.inference.options import Option, SamplingOptions, expected
+from sgm.inference.specs import ModelSpec
 from sgm.serving.limits import Limits
 
 LARGEST_INTEGER = 2**53 - 1  # that a browser holds exactly
 SLIDER_STEPS = 256  # a longer range is typed
 
+IGNORED_IN_ORBITS = ("motion_bucket_id", "fps_id")  # SV3D is told the camera's angles instead
 _NAMES = {
     "motion_bucket_id": "Motion",
     "num_frames": "Length",
     "num_steps": "Steps",
     "fps": "Frame rate",
 }
+
+
+def is_taken(option: Option, spec: ModelSpec) -> bool:
+    """Whether an option means something to a model."""
+    if option.metadata["group"] == "sv3d":
+        return spec.orbit
+    return not (spec.orbit and option.name in IGNORED_IN_ORBITS)
 
 
 def label(option: Option) -> str:

@@ -18,12 +18,11 @@ from sgm.inference.pictures import Picture
 from sgm.inference.specs import ModelSpec
 from sgm.serving.limits import Limits, public_options
 from sgm.serving.studio import Studio
-from sgm.serving.widgets import bounds, has_slider, help_text, label, placeholder
+from sgm.serving.widgets import bounds, has_slider, help_text, is_taken, label, placeholder
 
 WAVE = 20.0  # degrees that the camera rises and falls
 NEW_SEEDS = 2**31  # among which a new one is drawn: short enough to read out
 BY_THE_PICTURE = ("crop_x", "crop_y")
-IGNORED_IN_ORBITS = ("motion_bucket_id", "fps_id")  # SV3D is told the camera's angles instead
 QUALITIES = {"Quick": 0.4, "Usual": 1.0, "Best": 2.0}  # parts of the model's own steps
 
 Values = dict[str, Any]
@@ -31,9 +30,8 @@ Values = dict[str, Any]
 
 def offered(limits: Limits, spec: ModelSpec) -> list[Option]:
     """The options that visitors may set."""
-    groups = [group for group in GROUPS if group != "sv3d" or spec.orbit]
-    options = (option for group in groups for option in limits.offered(group))
-    return [option for option in options if not (spec.orbit and option.name in IGNORED_IN_ORBITS)]
+    options = (option for group in GROUPS for option in limits.offered(group))
+    return [option for option in options if is_taken(option, spec)]
 
 
 def plain_options(studio: Studio, spec: ModelSpec, picture: Picture | None) -> SamplingOptions:
