@@ -1,5 +1,7 @@
 """Tests marked ``slow`` run with ``pytest --slow`` and are skipped, with a reason, without."""
 
+from collections.abc import Iterator
+from functools import cache
 from multiprocessing import forkserver
 
 import pytest
@@ -7,6 +9,17 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run what takes minutes or gigabytes")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def speed_measured_once() -> Iterator[None]:
+    """Every command that samples first measures the machine, for a fifth of a second; one
+    measurement does for all of them that a process of tests calls."""
+    from sgm.inference import estimate
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimate, "matmul_rate", cache(estimate.matmul_rate))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from scripts.bench import compare, growth, memory, processes, theirs, training
+from scripts.bench import compare, floor, growth, memory, processes, theirs, training
 from scripts.bench.charts import Curve, bars, curves
 from scripts.bench.compare import Row, relative_error, table, verdicts
 from scripts.bench.floor import count, operations_of
@@ -37,6 +37,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def few_products(monkeypatch):
+    """How quick the machine is at its best takes seconds to find, and is not looked at here."""
+    monkeypatch.setattr(floor, "RATE_TRIES", 1)
+    monkeypatch.setattr(floor, "PACKED_TRIES", 2)
 
 
 @pytest.fixture(scope="module")

@@ -414,7 +414,7 @@ def test_too_little_memory_is_one_line(place, capsys, monkeypatch):
         patch.setattr("sgm.checkpoint.load_checkpoint", fail)
         assert sample("photos") == 2
     assert "error: out of memory: svd_tiny does not fit on cpu; try" in capsys.readouterr().err
-    monkeypatch.setattr("sgm.inference.pipeline.embed", fail)
+    monkeypatch.setattr("sgm.inference.generation.embed", fail)
     assert sample("photos") == 1
     printed = capsys.readouterr().err
     assert printed.count("error: out of memory: try --memory min, fewer or smaller frames") == 2

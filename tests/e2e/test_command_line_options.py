@@ -1,8 +1,5 @@
 """What the options do to a run: precedence, frame rate, sizes, seeds, given noise and latents."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -199,10 +196,3 @@ def test_settings_leave_no_question_open(pipeline):
     assert settings.options.device == "cpu"
     assert settings.options.dtype == "float32"
     assert pipeline.settings(picture(), settings.options) == settings
-
-
-def test_sampling_imports_no_lightning():
-    code = "import sgm.inference.pipeline, sys; print(*sys.modules)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = run.stdout.split()
-    assert not {"pytorch_lightning", "lightning", "streamlit", "fire", "open_clip"} & set(loaded)

@@ -136,7 +136,7 @@ def test_outputs_are_the_same_video_in_other_forms(pipeline):
 def test_what_is_not_finite_is_an_error_and_no_black_video(pipeline, monkeypatch, dtype, advice):
     """Caught: a black video; the advice to take the type that it is in already."""
     noise = torch.full((FRAMES, 4, 16, 16), float("nan"))
-    monkeypatch.setattr(pipeline, "dtype", dtype)
+    monkeypatch.setattr(pipeline.placement, "dtype", dtype)
     with pytest.raises(ValueError, match=f"the latents are not finite in {advice}"):
         pipeline(thing(), QUICK, noise=noise)
 

@@ -26,6 +26,15 @@ from tests.tiny import tiny_config, write_tiny_checkpoint
 PAGE = Path(__file__).parents[2] / "scripts/demo/video_sampling.py"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def main_module():
+    """Streamlit makes the page the main module, which processes of later tests would each import
+    before they begin: ten seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+        yield
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     return write_tiny_checkpoint(tmp_path_factory.mktemp("weights") / "tiny.safetensors")

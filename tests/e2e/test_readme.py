@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from sgm.inference.options import option_table
 
@@ -16,10 +17,15 @@ BLOCKS = re.findall(r"<!-- test: run -->\n```(\w+)\n(.*?)```", README, re.DOTALL
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that looks like the checkout, so that nothing is written into the real one."""
+    """A folder that looks like the checkout, so that nothing is written into the real one; there,
+    the model's YAML asks for few steps."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in ("assets", "checkpoints", "configs", "scripts", "sgm"):
+    for name in ("assets", "checkpoints", "scripts", "sgm"):
         (folder / name).symlink_to(ROOT / name)
+    (folder / "configs").mkdir()
+    config = OmegaConf.load(ROOT / "configs" / "svd_tiny.yaml")
+    config.model.params.sampler_config.params.num_steps = 2
+    OmegaConf.save(config, folder / "configs" / "svd_tiny.yaml")
     return folder
 
 

@@ -473,7 +473,7 @@ def test_cost_comes_from_earlier_runs_of_this_machine(limited):
 
 def test_pages_may_ask_while_a_run_goes_on(studio):
     # Catches: estimates in other threads that disturb a run, or wait for its end.
-    running = studio.submit(ALICE, order(num_steps=30, num_frames=4))
+    running = studio.submit(ALICE, order(num_steps=15, num_frames=4))
     errors = []
 
     def ask():
@@ -492,5 +492,5 @@ def test_pages_may_ask_while_a_run_goes_on(studio):
         each.join()
     (run,) = running.result()
     assert errors == []
-    (alone,) = made(studio, ALICE, num_steps=30, num_frames=4)
+    (alone,) = made(studio, ALICE, num_steps=15, num_frames=4)
     np.testing.assert_array_equal(run.frames(), alone.frames())

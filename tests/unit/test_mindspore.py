@@ -195,14 +195,15 @@ def test_the_real_file_has_every_kind_of_name():
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_norms_and_nothing_else_change_their_names(name: str):
     # Of the published tensors, the weights in one dimension are those of norms.
-    for key, shape in published(name).items():
+    shapes = published(name)
+    for key, shape in shapes.items():
         is_norm = key.endswith(".weight") and len(shape) == 1
         renamed = mindspore_name(key)
         assert renamed.endswith(".gamma") == is_norm, key
         assert native_name(renamed) == key
         beside = key.removesuffix("bias") + "weight"
-        if key.endswith(".bias") and beside in published(name):
-            assert renamed.endswith(".beta") == (len(published(name)[beside]) == 1), key
+        if key.endswith(".bias") and beside in shapes:
+            assert renamed.endswith(".beta") == (len(shapes[beside]) == 1), key
 
 
 def test_the_few_other_names():
