@@ -49,7 +49,7 @@ def ways(pipeline: "VideoPipeline", shape: tuple[int, ...]) -> Iterator[Way]:
     from sgm.inference.lockstep import DecoderInStep
     from sgm.inference.tiling import Tiling, decode_tiled
 
-    engine, f = pipeline.engine, pipeline.engine.first_stage_model.downsampling
+    engine, f = pipeline.engine, pipeline.downsampling
     t, _, h, w = shape
 
     def tiled(tiling: "Tiling") -> "Callable[[Tensor], Tensor]":
@@ -143,7 +143,7 @@ def encode(pipeline: "VideoPipeline", frames: "Tensor") -> "Tensor":
     engine = pipeline.engine
     with torch.inference_mode():
         moments = engine.first_stage_model.moments(frames.to(pipeline.device))
-    return engine.scale_factor * moments[:, : engine.first_stage_model.latent_channels].clone()
+    return engine.scale_factor * moments[:, : pipeline.latent_channels].clone()
 
 
 def read_clip(path: Path) -> "Tensor":

@@ -162,6 +162,22 @@ class VideoPipeline:
     def _place(self, placed: Callable[[int, int], None] | None = None) -> Placement:
         return Placement(self.engine, self.device, self.dtype, self.optimize, self.plan, placed)
 
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents: z."""
+        return self.engine.first_stage_model.latent_channels
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent along an edge: f."""
+        return self.engine.first_stage_model.downsampling
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width that the network takes are multiples of this; others are padded."""
+        network: Any = self.engine.model.diffusion_model
+        return self.downsampling * int(network.downsampling)
+
     def settings(self, picture: Picture, options: SamplingOptions | None = None) -> Settings:
         """What a run on this picture will really do.
 

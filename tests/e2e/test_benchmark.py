@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from scripts.bench import compare, floor, growth, memory, processes, theirs, training
+from scripts.bench import floor, growth, memory, processes, theirs, training
 from scripts.bench.charts import Curve, bars, curves
 from scripts.bench.compare import Row, relative_error, table, verdicts
 from scripts.bench.floor import count, operations_of
@@ -24,6 +24,7 @@ from scripts.bench.systems import make_system
 from scripts.bench.timing import alternate
 from scripts.benchmark import main
 from scripts.check_load import make_file
+from sgm.device import full_float32
 from sgm.inference import SamplingOptions
 
 CPU = torch.device("cpu")
@@ -113,7 +114,7 @@ def test_the_reference_is_computed_as_everything_else_but_for_its_bits():
     """Catches: cuDNN switched off, or its choices changed, where only TF32 is unwanted."""
     cudnn = torch.backends.cudnn
     with cudnn.flags(enabled=True, benchmark=True, deterministic=True, allow_tf32=True):
-        with compare._full_float32():
+        with full_float32():
             assert (cudnn.enabled, cudnn.benchmark, cudnn.deterministic) == (True, True, True)
             assert not cudnn.allow_tf32
         assert cudnn.allow_tf32
@@ -137,7 +138,9 @@ def test_diffusers_is_compiled_for_each_length(monkeypatch, files, engine):
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", compile_without_code)
     network = nn.Conv2d(4, 4, 3)
-    monkeypatch.setattr(theirs, "build_diffusers", lambda *_: SimpleNamespace(unet=network))
+    monkeypatch.setattr(
+        theirs, "build_diffusers", lambda *_: SimpleNamespace(unet=network, vae=network)
+    )
     system = theirs.Diffusers(files, engine, CPU, torch.float32, compiled=True)
     for frames in (5, 3):
         system.pipeline.unet(torch.zeros(frames, 4, 8, 8))
