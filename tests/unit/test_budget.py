@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 from functools import partial
 
 import pytest
@@ -15,8 +16,10 @@ from sgm.inference.lockstep import decode_in_step
 from sgm.inference.needs import Job, blocks_of, count_needs, meta_copy, network_peak
 from sgm.inference.optimized.layers import lay_out_for_accelerator
 from sgm.inference.optimized.unet import OptimizedUNet
-from sgm.inference.settings import read_config
-from sgm.inference.specs import find_config
+from sgm.inference.options import SamplingOptions
+from sgm.inference.placement import needs_of
+from sgm.inference.settings import read_config, resolve
+from sgm.inference.specs import ROOT, SPECS, find_config
 from sgm.modules.diffusionmodules.model import Encoder
 from sgm.util import instantiate_from_config
 from tests.measured import allocated_peak
@@ -224,9 +227,7 @@ def test_a_step_holds_no_more_than_it_needs():
     config = read_config(find_config("svd_xt"))["params"]["network_config"]
     with torch.device("meta"):
         plain = instantiate_from_config(config).eval()
-    for module in plain.modules():
-        if hasattr(module, "mix_factor"):
-            module.mix_factor = nn.Parameter(torch.zeros(1), requires_grad=False)
+    draw_blends(plain)
     place = partial(torch.Tensor.to, device="meta", dtype=torch.float16)
     network = OptimizedUNet(plain, place)
     network.split_feed_forwards(8)
@@ -259,3 +260,29 @@ def test_needs_of_the_full_model():
     assert needs.activations("decoding", HIGH) == pytest.approx(14 * 1.25e9, rel=0.1)
     assert needs.by_stage(LOW)["decoding"] < 6e9
     assert needs.by_stage(MIN)["decoding"] < 3e9
+
+
+@pytest.mark.slow
+def test_plans_of_the_full_model(monkeypatch):
+    """The table of docs/performance.md: svd_xt, 25 frames of 576x1024, float16, on CUDA."""
+    monkeypatch.setattr(kernels, "has_triton", lambda _: True)
+    config = read_config(find_config("svd_xt"))
+    config["params"]["ckpt_path"] = None
+    with torch.device("meta"):
+        engine = instantiate_from_config(config).eval()
+    draw_blends(engine)
+    options = SamplingOptions(device="cuda", dtype="float16", optimize="exact")
+    needs = needs_of(engine, resolve(options, config, SPECS["svd_xt"], (576, 1024)))
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    for plan in PLANS:
+        (row,) = re.findall(rf"^\| `{plan.name}` \|.*\| ([\d.]+) GB \|(.*)\|$", page, re.MULTILINE)
+        assert float(row[0]) == pytest.approx(needs.peak(plan) / 1e9, abs=0.06)
+        for told, stage in zip(row[1].split("|"), needs.by_stage(plan).values(), strict=True):
+            assert float(told) == pytest.approx(stage / 1e9, abs=0.06)
+
+
+def draw_blends(*modules: nn.Module) -> None:
+    """Give values to the parameters of blends, which the optimised networks are made of."""
+    for module in (each for part in modules for each in part.modules()):
+        if isinstance(getattr(module, "mix_factor", None), nn.Parameter):
+            module.mix_factor = nn.Parameter(torch.zeros(1), requires_grad=False)
