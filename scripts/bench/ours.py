@@ -106,8 +106,9 @@ class Ours:
     def _encode(self, image: Image.Image, options: SamplingOptions) -> Any:
         picture = load_picture(image)
         settings = self.pipeline.settings(picture, options)
-        noise = torch.randn(3, *settings.size)
-        return Generation(self.pipeline.placement, picture, settings).encode(noise)
+        generation = Generation(self.pipeline.placement, picture, settings)
+        f = self.pipeline.downsampling
+        return generation.encode(torch.randn(3, *(f * side for side in generation.shape[2:])))
 
     def _loading(self, folder: Path) -> Callable[[], Any]:
         pipeline, file = self.pipeline, folder / "ours.safetensors"

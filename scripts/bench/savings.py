@@ -225,7 +225,7 @@ class _Tokens(_Transformer):
         )
         projection = Linear.of(layer.proj_in, _as_it_is)
         yield Saving(
-            "P",
+            "",
             "linear layer, weights laid out once",
             self.shape,
             lambda: layer.proj_in(x),
@@ -250,7 +250,7 @@ class _Residual(_Layers):
             lambda: norm_and_silu(x),
         )
         yield Saving(
-            "H",
+            "",
             "3x3 convolution, weights laid out once",
             size,
             lambda: conv(image).permute(0, 2, 3, 1),

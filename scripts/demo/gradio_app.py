@@ -44,7 +44,7 @@ from scripts.demo.gradio_widgets import (
 )
 from sgm.errors import one_line
 from sgm.inference.flags import SAMPLE_PICTURE
-from sgm.inference.specs import find_file
+from sgm.inference.specs import find_file, get_spec
 from sgm.inference.videos import write_video
 from sgm.serving.gallery import Run
 from sgm.serving.limits import Limits
@@ -181,7 +181,7 @@ class Desk:
         """Make videos: their files, what made each, and on the way there how far it is."""
         visitor = self._visitor(request)
         with _errors_in_one_line():
-            asked = asked_options(options)
+            asked = asked_options(options, get_spec(version))
             ticket = self.studio.submit(visitor, Order(version, _read(pictures), asked))
             self._tickets.setdefault(visitor, set()).add(ticket)
             try:

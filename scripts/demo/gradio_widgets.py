@@ -7,7 +7,7 @@ from typing import Any, cast
 import gradio as gr
 
 from sgm.inference.flags import Request
-from sgm.inference.options import GROUPS, Option, SamplingOptions
+from sgm.inference.options import GROUPS, Option, SamplingOptions, option_fields
 from sgm.inference.specs import SPECS, ModelSpec, default_spec
 from sgm.serving.limits import Limits
 from sgm.serving.models import default_offer
@@ -137,13 +137,18 @@ def _update(option: Option, widget: Any, spec: ModelSpec, usual: SamplingOptions
     return gr.update(**shown)
 
 
-def asked_options(held: Mapping[str, Any]) -> SamplingOptions:
+def asked_options(held: Mapping[str, Any], spec: ModelSpec) -> SamplingOptions:
     """What the widgets hold, by the options' names, as options.
+
+    Those that the model does not take are out of sight, and may hold what another one took: their
+    defaults stand for them.
 
     Raises:
         ValueError: a refused value.
     """
-    return SamplingOptions(**{name: _value(name, each) for name, each in held.items()})
+    asked = SamplingOptions(**{name: _value(name, each) for name, each in held.items()})
+    ignored = (option for option in option_fields() if not is_taken(option, spec))
+    return asked.replace(**{option.name: option.default for option in ignored})
 
 
 def _value(name: str, value: Any) -> Any:

@@ -235,7 +235,9 @@ def _make(
             return json.dumps(complete | {"video": name} | made, indent=2)
 
         suffix = "" if job.format == "png" else f".{job.format}"
-        with TemporaryDirectory(prefix=".unfinished-", dir=job.folder) as unfinished:
+        with TemporaryDirectory(
+            prefix=".unfinished-", dir=job.folder, ignore_cleanup_errors=True
+        ) as unfinished:
             whole = video.save(Path(unfinished, f"video{suffix}"))
             path = place_numbered(whole, job.folder, describe)
     except (ValueError, OSError, MemoryError) as error:

@@ -89,7 +89,7 @@ def decode_in_step(
         decoder: of images or of video.
         z: unscaled latents (t, z, h / f, w / f) in the decoder's type, on its device.
         frames: worked on at once.
-        bands: horizontal bands that a frame is split into.
+        bands: horizontal bands that a frame is split into; no memory plan needs them.
         store: where activations are parked, at most three whole ones; None for the device.
 
     Returns:

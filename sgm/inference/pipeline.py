@@ -250,7 +250,8 @@ class VideoPipeline:
         Raises:
             MemoryError: the device is too small, with what to try.
         """
-        advice = "try --memory min, fewer or smaller frames, or a smaller --decoding_t"
+        first = "--memory min" if self._level.moves else f"--optimize {DEFAULT_LEVEL}"
+        advice = f"try {first}, fewer or smaller frames, or a smaller --decoding_t"
         while True:
             try:
                 with memory_errors(advice):
@@ -287,7 +288,8 @@ class VideoPipeline:
                     f"{name} must have the shape {generation.shape}, got {tuple(given.shape)}"
                 )
         judge = self._safety_filter(settings.options)
-        exactly = full_float32() if self.dtype == torch.float32 else nullcontext()
+        full = self.dtype == torch.float32 and self.device.type == "cuda"
+        exactly = full_float32() if full else nullcontext()
         with torch.inference_mode(), exactly:
             if latents is None:
                 latents = generation.sample(noise)

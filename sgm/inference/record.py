@@ -175,7 +175,7 @@ def refuse_missing(asked: Request, record: Record) -> None:
     Raises:
         ValueError: one is not; names the flag that gives another.
     """
-    for name, path in _used_again(asked, record).items():
+    for name, path in _paths_used_again(asked, record).items():
         there = Path(path).is_file() if name == "input" else is_there(path)
         if not (there or is_address(path)):
             raise ValueError(
@@ -192,7 +192,7 @@ def refuse_changes(
     Raises:
         ValueError: the picture, YAML or weights have changed since the record was written.
     """
-    paths = _used_again(asked, record)
+    paths = _paths_used_again(asked, record)
     if is_address(paths.get("input")):
         del paths["input"]
     if "lora" in asked.options:
@@ -211,7 +211,7 @@ def refuse_changes(
             )
 
 
-def _used_again(asked: Request, record: Record) -> dict[str, str]:
+def _paths_used_again(asked: Request, record: Record) -> dict[str, str]:
     """Where the files of a record lie, by its entries, apart from those that ``asked`` replaces."""
     replaced = {
         "input": asked.input_path,

@@ -2,7 +2,7 @@
 
 All functions take activations as *tokens* ``(n, s, c)``, contiguous (else they are copied): n rows,
 which are the frames of the clips one after the other, s positions of a frame, c channels. They have
-two forms:
+two forms that compute:
 
 - :mod:`~sgm.kernels.reference`: PyTorch calls. The specification, and what a CPU runs.
 - ``fused``: Triton kernels, for CUDA devices and 16 or 32-bit floats. They compute in float32 and

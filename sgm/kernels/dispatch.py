@@ -50,7 +50,7 @@ def form_for(x: Tensor) -> ModuleType:
         return sizes
     if forced == "reference" or x.dtype not in _FUSED_DTYPES:
         return reference
-    if forced == "triton" or (has_triton(x.device)):
+    if forced == "triton" or (x.is_cuda and triton_works(x.device)):
         return import_module("sgm.kernels.fused")
     return reference
 

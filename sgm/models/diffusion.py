@@ -80,7 +80,7 @@ class DiffusionEngine(nn.Module):
         self.conditioner = instantiate_from_config(conditioner_config)
         self.first_stage_model: AutoencodingEngine = instantiate_from_config(first_stage_config)
         self.first_stage_model.requires_grad_(False).eval()
-        check_widths(network, self.conditioner, self.first_stage_model.latent_channels)
+        check_widths(network, self.conditioner, self.first_stage_model)
         self.loss_fn = instantiate_from_config(loss_fn_config) if loss_fn_config else None
         self.scale_factor = scale_factor
         self.disable_first_stage_autocast = disable_first_stage_autocast

@@ -6,23 +6,25 @@ from sgm.modules.diffusionmodules.video_model import VideoUNet
 from sgm.modules.encoders.conditioner import GeneralConditioner
 
 
-def check_widths(network: nn.Module, conditioner: GeneralConditioner, latent_channels: int) -> None:
+def check_widths(
+    network: nn.Module, conditioner: GeneralConditioner, first_stage: nn.Module
+) -> None:
     """Make sure that a U-Net takes what the embedders and the latents give it.
 
-    Where the network is another one, or an embedder does not tell its width, nothing is compared.
+    Where the network is another one, or a part does not tell its width, nothing is compared.
 
     Args:
         network: the U-Net.
         conditioner: all embedders.
-        latent_channels: z, of the first stage.
+        first_stage: the autoencoder, of whose latents there are ``latent_channels``.
 
     Raises:
         ValueError: names the key of the YAML that does not fit, and what it has to add up to.
     """
-    given = conditioner.widths()
-    if given is None or not isinstance(network, VideoUNet):
+    given, z = conditioner.widths(), getattr(first_stage, "latent_channels", None)
+    if given is None or z is None or not isinstance(network, VideoUNet):
         return
-    latents = {"latents": latent_channels}
+    latents = {"latents": z}
     for key, parts in {
         "adm_in_channels": given["vector"],
         "context_dim": given["crossattn"],

@@ -89,8 +89,9 @@ class Stage:
     def fit(self, run: Run, dataset: Any) -> bool:
         """Train; say whether the plan is done."""
         plan = typed(self.recipe, "training.plan", Plan)
+        feed = self.feed(dataset, run.seed, run.step)  # refuses a dataset without items
         run.task.check(run.engine, default_collate([dataset[0]]))
-        return run.fit(self.feed(dataset, run.seed, run.step), plan, self.deadline)
+        return run.fit(feed, plan, self.deadline)
 
 
 def train_autoencoder(stage: Stage) -> bool:

@@ -157,7 +157,12 @@ def test_devices_without_such_products_are_refused(monkeypatch, device, capabili
         require_eight_bits(torch.device(device), dtype)
 
 
-def test_devices_that_have_them(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
-    require_eight_bits(torch.device("cuda"), torch.float16)
+def test_a_pytorch_without_such_products_is_refused(monkeypatch):
     require_eight_bits(torch.device("cpu"), torch.float32)
+
+    def refuse(*_, **__):
+        raise NotImplementedError("no such kernel")
+
+    monkeypatch.setattr(torch, "_scaled_mm", refuse)
+    with pytest.raises(ValueError, match="does not multiply e4m3 on cpu: take exact or fast"):
+        require_eight_bits(torch.device("cpu"), torch.float32)

@@ -1,7 +1,7 @@
 """Recorded calls, with a CUDA that records the function itself: ``tests/e2e/test_cuda.py`` has a
 real one."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -15,13 +15,15 @@ class Cuda:
 
     def __init__(self, monkeypatch, launching):
         self.recorded = self.replayed = self.called = 0
+        self.full = False
         self._clock, self._launching = 0.0, launching
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=self._replay))
         monkeypatch.setattr(torch.cuda, "graph", self._graph)
-        monkeypatch.setattr(torch.cuda, "device", lambda _: self._graph(None, ""))
+        monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: ("stream", device))
         monkeypatch.setattr(torch.cuda, "synchronize", self._wait)
         monkeypatch.setattr("time.perf_counter", lambda: self._clock)
-        self.call = Replay(self._function, torch.device("cuda"))
+        self.call = Replay(self._function, torch.device("cuda:1"))
 
     def _function(self, x, level):
         self.called += 1
@@ -29,10 +31,12 @@ class Cuda:
         return x * level, x + level
 
     @contextmanager
-    def _graph(self, graph, capture_error_mode):
-        if graph is not None:
-            assert capture_error_mode == "thread_local"
-            self.recorded += 1
+    def _graph(self, _, stream, capture_error_mode):
+        assert stream == ("stream", torch.device("cuda:1"))
+        assert capture_error_mode == "thread_local"
+        self.recorded += 1
+        if self.full:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
         yield
 
     def _wait(self, _):
@@ -70,3 +74,14 @@ def test_what_is_given_may_change_afterwards(monkeypatch):
         before = product.clone()
         x.zero_()
         assert torch.equal(product, before)
+
+
+def test_without_memory_for_a_recording_calls_go_on(monkeypatch, caplog):
+    """Catches: a run that ends where it fitted without, or that tries again in every step."""
+    cuda = Cuda(monkeypatch, 1.0)
+    cuda.full = True
+    for k in range(5):
+        x, level = numbers(k)
+        assert torch.equal(cuda.call(x, level)[0], x * level)
+    assert (cuda.recorded, cuda.replayed) == (1, 0)
+    assert "no memory to record steps in" in caplog.text

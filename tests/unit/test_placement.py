@@ -135,16 +135,19 @@ def test_nothing_of_a_run_is_kept_after_sampling(monkeypatch):
     assert network._parts == []
 
 
-@pytest.mark.parametrize("how", [{"memory": "min"}, {"optimize": "none"}])
-def test_the_last_plan_gives_up(how):
-    """Catches: an endless retry; a plan that the networks as written do not have."""
+@pytest.mark.parametrize(
+    ("how", "advice"),
+    [({"memory": "min"}, "--memory min"), ({"optimize": "none"}, "--optimize exact")],
+)
+def test_the_last_plan_gives_up(how, advice):
+    """Catches: an endless retry; a plan that the networks as written do not have, or as advice."""
     made = pipeline(**how)
 
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     made.placement.network = full
-    with pytest.raises(MemoryError, match="try --memory min, fewer or smaller frames"):
+    with pytest.raises(MemoryError, match=f"try {advice}, fewer or smaller frames"):
         made(PICTURE, OPTIONS)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sgm.models.diffusion import DiffusionEngine
+from sgm.models.widths import check_widths
 from tests.tiny import tiny_config
 
 EMBEDDERS = "conditioner_config.params.emb_models"
@@ -56,3 +57,17 @@ def test_an_embedder_that_does_not_tell_its_width_is_let_pass():
     """Caught: a model refused that works, for its embedder is none of ours."""
     embedder = {"input_key": "cond_aug", "target": f"{__name__}.Zeros"}
     assert "cond_aug" in build(**{f"{EMBEDDERS}.4": embedder}).conditioner.input_keys
+
+
+def test_embedders_of_one_entry_add_up():
+    """Catches: the last of two embedders of the same number taken for both."""
+    config = tiny_config()
+    models = config.model.params.conditioner_config.params.emb_models
+    models.append(models[1].copy())
+    config.model.params.network_config.params.adm_in_channels += models[1].params.outdim
+    DiffusionEngine.without_weights(config.model)
+
+
+def test_a_first_stage_that_does_not_tell_its_width_is_let_pass():
+    engine = build()
+    check_widths(engine.model.diffusion_model, engine.conditioner, nn.Identity())

@@ -22,7 +22,8 @@ from sgm.inference.optimized.transformer import (
 
 E4M3 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(E4M3).max
-_ROUNDING = 1.5  # what two products of rounded values may exceed the bounds of exact ones by
+# A factor. Inputs and weights rounded by 2^-4 at most make 1.27 for value and gate; more is room.
+_ROUNDING = 1.5
 _LEAST = 1e-6  # of a bound, where a row is zero
 _MULTIPLE = 16  # of the channels, which a GPU asks for
 _CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
@@ -34,15 +35,22 @@ def require_eight_bits(device: torch.device, dtype: torch.dtype) -> None:
     Raises:
         ValueError: with what would do.
     """
-    if device.type == "cpu":
-        return
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < _CAPABILITY:
+    if device.type != "cpu" and (
+        device.type != "cuda" or torch.cuda.get_device_capability(device) < _CAPABILITY
+    ):
         raise ValueError(
             f"--optimize fp8 needs an Ada or Hopper GPU (compute capability 8.9), got {device}: "
             "take exact or fast"
         )
-    if dtype == torch.float32:
+    if device.type == "cuda" and dtype == torch.float32:
         raise ValueError("--optimize fp8 needs --dtype float16 or bfloat16 on a GPU, got float32")
+    try:
+        _try_out(device, dtype)
+    except RuntimeError as error:  # also NotImplementedError
+        raise ValueError(
+            f"--optimize fp8: PyTorch {torch.__version__} does not multiply e4m3 on {device}: "
+            "take exact or fast, or a newer PyTorch"
+        ) from error
 
 
 def use_eight_bits(network: nn.Module) -> None:
@@ -95,6 +103,13 @@ class EightBitLinear(nn.Module):
             use_fast_accum=True,
         )
         return out.view(*x.shape[:-1], -1)
+
+
+def _try_out(device: torch.device, dtype: torch.dtype) -> None:
+    one = torch.ones((), device=device)
+    weight = torch.zeros(_MULTIPLE, _MULTIPLE, device=device)
+    bias = torch.zeros(_MULTIPLE, device=device, dtype=dtype)
+    EightBitLinear(weight, bias, one, dtype)(weight.to(E4M3))
 
 
 def _attention(norm: LayerNorm, attention: Attention) -> None:

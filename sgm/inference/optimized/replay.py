@@ -50,8 +50,8 @@ class Replay(Generic[R]):
             return self._timed(*given)
         if not self._wanted:
             return self._call(*given)
-        if self._graph is None:
-            self._record(*given)
+        if self._graph is None and not self._record(*given):
+            return self._call(*given)
         for kept, new in zip(self._given, given, strict=True):
             kept.copy_(new)
         self._graph.replay()
@@ -68,10 +68,20 @@ class Replay(Generic[R]):
         logger.info("launching took %.0f %% of a call", 100 * share)
         return result
 
-    def _record(self, *given: Tensor) -> None:
-        self._given = [each.clone() for each in given]
-        self._graph = torch.cuda.CUDAGraph()
-        # Other threads may go on using the device.
-        recording = torch.cuda.graph(self._graph, capture_error_mode="thread_local")
-        with torch.cuda.device(self._device), recording:
-            self._result = self._call(*self._given)
+    def _record(self, *given: Tensor) -> bool:
+        """Record a call, whose memory is the graph's own; whether there is enough of it."""
+        kept, graph = [each.clone() for each in given], torch.cuda.CUDAGraph()
+        with torch.cuda.device(self._device):
+            # PyTorch's own stream for this is of the device that was the current one first. Other
+            # threads may go on using the device meanwhile.
+            stream = torch.cuda.Stream(self._device)
+            how: Any = {"stream": stream, "capture_error_mode": "thread_local"}
+            try:
+                with torch.cuda.graph(graph, **how):
+                    result = self._call(*kept)
+            except torch.OutOfMemoryError:
+                logger.warning("no memory to record steps in: they are launched one by one")
+                self._wanted = False
+                return False
+        self._given, self._graph, self._result = kept, graph, result
+        return True

@@ -80,7 +80,7 @@ class GeneralConditioner(nn.Module):
             place, channels = (getattr(embedder, name, None) for name in ("place", "channels"))
             if place is None or channels is None:
                 return None
-            given[place][key] = channels
+            given[place][key] = given[place].get(key, 0) + channels
         return given
 
     def require(self, batch: Batch, given: Batch) -> None:
