@@ -22,18 +22,18 @@ from scripts.bench.report import Results, gigabytes, markdown, seconds
 from scripts.bench.systems import System, make_system
 from scripts.bench.timing import Calls, Timing, alternate, give_back
 from sgm.device import full_float32, has_fast_bfloat16
+from sgm.inference.levels import LEVELS
 from sgm.inference.settings import ModelFiles
 from sgm.models.diffusion import DiffusionEngine
 
 REFERENCE = "reference"  # the plain networks in full float32, which errors are taken against
 COMPARED = ("unet", "decode", "video")  # stages whose results are compared
 DTYPES = ("float32", "float16", "bfloat16")
-NAMES = {
+NAMES = {name: f"this project, {name}" for name in LEVELS} | {
     REFERENCE: "this project, plain",
     "none": "this project, plain",
     "exact": "this project",
     "exact compiled": "this project, compiled",
-    **{name: f"this project, {name}" for name in ("graphs", "fp8", "fast")},
 }
 
 

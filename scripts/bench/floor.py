@@ -75,7 +75,7 @@ def _count_networks(
     with torch.device("meta"), torch.inference_mode():
         plain = given.plain(network), given.decoding(decoder, decoding_t)
         # Only the optimised networks are made of values: of the blends'.
-        _draw_blends(network, decoder)
+        draw_blends(network, decoder)
         lean = OptimizedDecoder(decoder, _as_it_is)
         exact = given.exact(network), given.decoding(lean, decoding_t)
     unet, decode = (
@@ -144,7 +144,8 @@ class _Given:
         return torch.empty(rows, self.params["out_channels"], *self.size)
 
 
-def _draw_blends(*modules: nn.Module) -> None:
+def draw_blends(*modules: nn.Module) -> None:
+    """Give values to the parameters of blends, which the optimised networks are made of."""
     for module in modules:
         for part in module.modules():
             if isinstance(getattr(part, "mix_factor", None), nn.Parameter):

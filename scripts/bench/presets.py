@@ -7,10 +7,9 @@ from typing import Any
 from sgm.inference.levels import LEVELS
 
 STAGES = ("load", "encode", "condition", "unet", "decode", "write", "video")
-PROJECT = tuple(LEVELS)  # systems that are levels of --optimize
 DIFFUSERS = "diffusers"
 COMPILED = "exact compiled", "diffusers compiled"
-SYSTEMS = (*PROJECT, DIFFUSERS, *COMPILED)
+SYSTEMS = (*LEVELS, DIFFUSERS, *COMPILED)
 
 _NETWORK = "params.network_config.params"
 _EMBEDDERS = "params.conditioner_config.params.emb_models"

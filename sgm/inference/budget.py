@@ -96,7 +96,7 @@ class Needs:
     weights: Mapping[Stage, int]
     blocks: tuple[int, ...]
     activations: Callable[[Stage, MemoryPlan], int]
-    one_encoder: int
+    one_encoder: Callable[[], int]
 
     def peak(self, plan: MemoryPlan) -> int:
         """The most that any stage takes."""
@@ -113,7 +113,7 @@ class Needs:
             for stage, each in weights.items()
         }
         if plan.unload_between_stages:
-            needs["encoding"] = self.one_encoder
+            needs["encoding"] = self.one_encoder()
         return needs
 
 

@@ -80,40 +80,35 @@ def count_needs(
     plain: Any = engine.model.diffusion_model
     decoder: Any = engine.first_stage_model.decoder
     network = make_network(HIGH)
+    encoder_weights = [_bytes(meta_copy(part, dtype)) for part, dtype in encoders]
     weights: dict[Stage, int] = {
-        "encoding": sum(_bytes(meta_copy(part, dtype)) for part, dtype in encoders),
+        "encoding": sum(encoder_weights),
         "sampling": _bytes(network),
         "decoding": _bytes(meta_copy(decoder, job.wide)),
     }
 
     @cache
     def count(stage: Stage, plan: MemoryPlan) -> int:
+        if stage == "encoding":
+            return max(encoder_peaks())
         with kernels.use(job.form):
-            return count_in_form(stage, plan)
-
-    def count_in_form(stage: Stage, plan: MemoryPlan) -> int:
-        match stage:
-            case "encoding":
-                return max(activations for _, activations in encoding())
-            case "sampling":
+            if stage == "sampling":
                 return network_peak(plain, make_network(plan), job, plan.halves_in_turn)
-            case "decoding":
-                return decoder_peak(decoder, job, plan, optimized_decoder)
+            return decoder_peak(decoder, job, plan, optimized_decoder)
 
     @cache
-    def encoding() -> list[tuple[int, int]]:
-        """Weights and activations of every encoder."""
+    def encoder_peaks() -> list[int]:
         f = engine.first_stage_model.downsampling
-        return [
-            (_bytes(meta_copy(part, dtype)), encoder_peak(part, dtype, job, f))
-            for part, dtype in encoders
-        ]
+        return [encoder_peak(part, dtype, job, f) for part, dtype in encoders]
+
+    def one_encoder() -> int:
+        return max(map(sum, zip(encoder_weights, encoder_peaks(), strict=True)))
 
     def activations(stage: Stage, plan: MemoryPlan) -> int:
         return count(stage, replace(HIGH, **{key: getattr(plan, key) for key in _MATTERS[stage]}))
 
     blocks = tuple(weight_bytes(block) for block in blocks_of(network))
-    return Needs(weights, blocks, activations, max(map(sum, encoding())))
+    return Needs(weights, blocks, activations, one_encoder)
 
 
 def blocks_of(network: Any) -> list[nn.Module]:

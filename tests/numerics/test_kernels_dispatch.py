@@ -70,6 +70,17 @@ def test_pytorch_takes_the_place_of_a_triton_that_fails(caplog):
     assert "Triton does not work here, PyTorch takes its place (slower):" in caplog.text
 
 
+def test_a_lack_of_memory_says_nothing_of_triton(monkeypatch):
+    """Catches: Triton given up for the whole process, where a smaller memory plan goes on."""
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch, "ones", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        dispatch.triton_works.__wrapped__(torch.device("cpu"))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 def test_a_gpu_gets_triton():

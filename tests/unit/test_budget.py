@@ -7,14 +7,17 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scripts.bench.floor import draw_blends
 from sgm import kernels
 from sgm.inference.budget import HIGH, LOW, MIN, PLANS, Needs, free_bytes, next_smaller, plan_memory
 from sgm.inference.footprint import peak_bytes
 from sgm.inference.lockstep import decode_in_step
 from sgm.inference.needs import Job, blocks_of, count_needs, meta_copy, network_peak
-from sgm.inference.optimized.layers import lay_out_for_accelerator
+from sgm.inference.optimized.eight_bits import EightBitLinear, use_eight_bits
+from sgm.inference.optimized.layers import Convolution, lay_out_for_accelerator
 from sgm.inference.optimized.unet import OptimizedUNet
 from sgm.inference.options import SamplingOptions
 from sgm.inference.placement import needs_of
@@ -102,13 +105,25 @@ def test_memory_that_is_followed():
         gc.enable()
 
 
+def test_convolutions_give_the_layout_that_they_get():
+    """By hand. Catches: a copy counted that no device makes, as the meta device lays out anew."""
+    x = torch.empty(1, 10, 50, 50, device="meta").to(memory_format=torch.channels_last)
+    weight = torch.empty(10, 10, 3, 3, device="meta").to(memory_format=torch.channels_last)
+
+    def run() -> Tensor:
+        out = F.conv2d(x, weight, padding=1)
+        return out.permute(0, 2, 3, 1).contiguous()
+
+    assert peak_bytes(run) == x.nbytes
+
+
 def make_needs(activations: dict[str, tuple[int, ...]]) -> Needs:
     """Weights 5, 30 and 2, blocks 8, 12 and 3, activations by stage and plan, an encoder of 4."""
     return Needs(
         {"encoding": 5, "sampling": 30, "decoding": 2},
         (8, 12, 3),
         lambda stage, plan: activations[stage][PLANS.index(plan)],
-        4,
+        lambda: 4,
     )
 
 
@@ -281,8 +296,42 @@ def test_plans_of_the_full_model(monkeypatch):
             assert float(told) == pytest.approx(stage / 1e9, abs=0.06)
 
 
-def draw_blends(*modules: nn.Module) -> None:
-    """Give values to the parameters of blends, which the optimised networks are made of."""
-    for module in (each for part in modules for each in part.modules()):
-        if isinstance(getattr(module, "mix_factor", None), nn.Parameter):
-            module.mix_factor = nn.Parameter(torch.zeros(1), requires_grad=False)
+@pytest.mark.slow
+def test_what_the_page_counts_of_a_step(monkeypatch):
+    """The other figures of docs/performance.md: 8-bit products, biases, activations."""
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    config = read_config(find_config("svd_xt"))["params"]["network_config"]
+    with torch.device("meta"):
+        plain = instantiate_from_config(config).eval()
+    draw_blends(plain)
+    network = OptimizedUNet(plain, partial(torch.Tensor.to, device="meta", dtype=torch.float16))
+    lay_out_for_accelerator(network)
+    job = Job(25, (72, 128), 2, 14, torch.float16, torch.float16, "sizes")
+    late, products = [], []
+    convolve, multiply = Convolution.product, EightBitLinear.forward
+
+    def convolved(layer, x):
+        out, bias = convolve(layer, x)
+        late.append(2 * out.nbytes * (bias is not None))
+        return out, bias
+
+    def added(x, bias):  # at once, by the convolution itself
+        late.append(-2 * x.nbytes * (bias is not None))
+        return x
+
+    def multiplied(layer, x):
+        products.append(2 * x.numel() * len(layer.weight))
+        return multiply(layer, x)
+
+    monkeypatch.setattr(Convolution, "product", convolved)
+    monkeypatch.setattr("sgm.inference.optimized.layers.plus", added)
+    monkeypatch.setattr(EightBitLinear, "forward", multiplied)
+    monkeypatch.setattr("sgm.inference.optimized.layers._LATE_BIAS", {"meta"})
+    with kernels.use(job.form):
+        peak = network_peak(plain, network, job, in_turn=False)
+        use_eight_bits(network)
+        biases = sum(late)
+        network_peak(plain, network, job, in_turn=False)
+    assert f"the next kernel adds it instead: {biases / 1e9:.0f} GB a step" in page
+    assert f"{peak / 1e9:.1f} GB of activations for a guided step" in page
+    assert f"e4m3: {sum(products) / 1e12:.0f} of the 150 TFLOP" in page

@@ -181,6 +181,7 @@ def test_a_network_without_context_can_be_counted(files):
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
         RuntimeError("MPS backend out of memory (MPS allocated: 8 GiB)"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+        RuntimeError("GET was unable to find an engine to execute this computation"),
         MemoryError(),
     ],
     ids=lambda error: str(error)[:20],

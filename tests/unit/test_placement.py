@@ -9,7 +9,8 @@ import torch
 from sgm.inference import SamplingOptions, VideoPipeline
 from sgm.inference.budget import HIGH, LOW, MIN
 from sgm.inference.generation import Generation
-from sgm.inference.placement import Placement, choose_plan, needs_of
+from sgm.inference.levels import LEVELS
+from sgm.inference.placement import Placement, choose_plan, needs_of, require_device
 from sgm.inference.progress import SamplingStopped
 from sgm.inference.settings import resolve
 from sgm.inference.specs import ROOT
@@ -157,6 +158,14 @@ def test_levels_whose_weights_stay_have_one_plan(level):
         ValueError, match=f"memory low needs --optimize exact, fp8 or fast, got {level}"
     ):
         Placement(pipeline().engine, torch.device("cpu"), torch.float32, level, LOW)
+
+
+def test_bfloat16_is_refused_where_it_would_be_emulated(monkeypatch):
+    monkeypatch.setattr("sgm.inference.placement.has_fast_bfloat16", lambda _: False)
+    with pytest.raises(ValueError, match="cuda:1 does not multiply bfloat16: take --dtype float16"):
+        require_device(torch.device("cuda:1"), torch.bfloat16, LEVELS["exact"])
+    require_device(torch.device("cuda:1"), torch.float16, LEVELS["exact"])
+    require_device(torch.device("cpu"), torch.bfloat16, LEVELS["exact"])
 
 
 def test_recorded_steps_need_a_device_that_records():

@@ -4,8 +4,8 @@ An approximation: e4m3 (arXiv 2209.05433) has four significant bits. It is taken
 for query, key and value, and for both products of a feed-forward, 40 % of the arithmetic.
 Of c values with mean 0 and variance 1, the squares add up to c. So what a norm gives is bounded by
 its weights, and what a product makes of that by the norm of its rows (Cauchy and Schwarz): all
-scales are known when a model is loaded, nothing overflows, and no tensor is read once more to find
-its largest value. Kernels write 8 bits as they would write 16.
+scales are known when a model is loaded, no 8-bit number overflows, and no tensor is read once more
+to find its largest value. Kernels write 8 bits as they would write 16.
 """
 
 import torch
