@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +28,7 @@ class Results:
         self.machine = machine.describe(device)
         self.name, self.out = f"{name}-{slug(self.machine['device'])}", out
         self.figures: dict[str, Any] = {
-            "command": " ".join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
+            "command": shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
             "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
             "machine": self.machine,
         }
